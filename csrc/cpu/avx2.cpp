@@ -1,0 +1,23 @@
+// The CPU kernels for machines with AVX2 and FMA.
+#if defined(__x86_64__)
+#include "system.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define TORCHBP_LEVEL avx2
+#include "level.h"
+
+const torchbp::Level& torchbp::avx2_level() {
+  static const Level level = avx2::make_level("avx2");
+  return level;
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,197 @@
+// The CPU backend: picks the SIMD level, walks strided shapes, and splits work among threads.
+#include "backend.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <string_view>
+#include <vector>
+
+#include "../check.h"
+#include "levels.h"
+
+namespace torchbp {
+namespace {
+
+const Level& detect_level() {
+  const char* env = std::getenv("TORCHBP_CPU");
+  const std::string_view wanted = env ? env : "";
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if ((wanted.empty() || wanted == "avx512") && has_avx512) return avx512_level();
+  if ((wanted.empty() || wanted == "avx2") && has_avx2) return avx2_level();
+#endif
+  STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "TORCHBP_CPU=", wanted,
+                  ": wants baseline, avx2 or avx512, and a level that this machine has");
+  return baseline_level();
+}
+
+const Level& level() {
+  static const Level& chosen = detect_level();
+  return chosen;
+}
+
+// PyTorch's own grain: below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  if (n <= grain)
+    f(int64_t(0), n);
+  else
+    torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
+}
+
+// Rows per thread so that a thread's piece holds about kGrain elements.
+int64_t row_grain(int64_t row_size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(row_size, 1)); }
+
+// One column over one strided run of n elements. What is not a contiguous array of the compute dtype passes through a
+// buffer that stays in L1.
+void run_column(ColumnFunction column, Arity arity, const Loop& loop, char* const* data, int64_t n) {
+  constexpr int64_t block = 512;
+  const DtypeIndex dtype = dtype_index(loop.dtype), compute = compute_index(dtype);
+  const int64_t size = compute == kFloat64 ? sizeof(double) : sizeof(float);
+  const int operands = arity.outputs + arity.inputs;
+  bool direct[kMaxOperands], all_direct = true;
+  for (int k = 0; k < operands; ++k) {
+    direct[k] = dtype == compute && loop.strides[k][0] == size;
+    all_direct &= direct[k];
+  }
+  if (all_direct) {
+    column(reinterpret_cast<void* const*>(data), reinterpret_cast<const void* const*>(data + arity.outputs), n,
+           loop.parameter);
+    return;
+  }
+  alignas(64) char buffer[kMaxOperands][block * sizeof(double)];
+  void* pointer[kMaxOperands];
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t m = std::min(block, n - begin);
+    for (int k = 0; k < operands; ++k) {
+      const int64_t stride = loop.strides[k][0];
+      char* const here = data[k] + begin * stride;
+      pointer[k] = direct[k] ? here : buffer[k];
+      const bool input = k >= arity.outputs, already_there = stride == 0 && begin > 0;
+      if (input && !direct[k] && !already_there) level().load[dtype](buffer[k], here, stride, m);
+    }
+    column(pointer, pointer + arity.outputs, m, loop.parameter);
+    for (int k = 0; k < arity.outputs; ++k)
+      if (!direct[k]) level().store[dtype](data[k] + begin * loop.strides[k][0], loop.strides[k][0], buffer[k], m);
+  }
+}
+
+// Sums in blocks of fixed size, whose partial sums are added in order: the result does not depend on the threads.
+template <class F>
+double blocked_sum(int64_t n, const F& sum_of_range) {
+  if (n <= kGrain) return sum_of_range(0, n);
+  std::vector<double> partial((n + kGrain - 1) / kGrain);
+  parallel(static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) partial[b] = sum_of_range(b * kGrain, std::min(n, (b + 1) * kGrain));
+  });
+  double sum = 0;
+  for (const double p : partial) sum += p;
+  return sum;
+}
+
+void write_compute(void* p, DtypeIndex compute, double value) {
+  if (compute == kFloat64)
+    *static_cast<double*>(p) = value;
+  else
+    *static_cast<float*>(p) = static_cast<float>(value);
+}
+
+}  // namespace
+
+const char* cpu_level() { return level().name; }
+
+void Cpu::elementwise(Kernel kernel, const Loop& loop) {
+  const ColumnFunction column = level().column[static_cast<int>(kernel)][compute_index(dtype_index(loop.dtype))];
+  const Arity arity = kArity[static_cast<int>(kernel)];
+  parallel(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
+    // The position of `begin`, then run after run along the innermost dimension.
+    int64_t position[kMaxDims];
+    char* data[kMaxOperands];
+    std::copy_n(loop.data, loop.operands, data);
+    int64_t rest = begin;
+    for (int d = 0; d < loop.ndim; ++d) {
+      position[d] = rest % loop.sizes[d];
+      rest /= loop.sizes[d];
+      for (int k = 0; k < loop.operands; ++k) data[k] += position[d] * loop.strides[k][d];
+    }
+    for (int64_t i = begin; i < end;) {
+      const int64_t n = std::min(end - i, loop.sizes[0] - position[0]);
+      run_column(column, arity, loop, data, n);
+      i += n;
+      for (int k = 0; k < loop.operands; ++k) data[k] += n * loop.strides[k][0];
+      position[0] += n;
+      for (int d = 0; d + 1 < loop.ndim && position[d] == loop.sizes[d]; ++d) {
+        position[d] = 0;
+        ++position[d + 1];
+        for (int k = 0; k < loop.operands; ++k) data[k] += loop.strides[k][d + 1] - loop.sizes[d] * loop.strides[k][d];
+      }
+    }
+  });
+}
+
+void Cpu::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* loss, void* total) {
+  const DtypeIndex dtype = dtype_index(ce.dtype), compute = compute_index(dtype);
+  const int64_t size = compute == kFloat64 ? sizeof(double) : sizeof(float);
+  int64_t bad_row = -1;
+  SoftmaxCE rows = ce;
+  rows.bad_row = &bad_row;
+  parallel(ce.n, row_grain(ce.classes),
+           [&](int64_t begin, int64_t end) { level().softmax_ce_forward[dtype](rows, begin, end); });
+  STD_TORCH_CHECK(bad_row < 0, "torchbp::softmax_ce: target ", bad_row < 0 ? 0 : ce.target[bad_row], " in row ",
+                  bad_row, " is out of range for ", ce.classes, " classes");
+  const auto sum = [&](const void* rows) {
+    return blocked_sum(ce.n, [&](int64_t begin, int64_t end) {
+      return level().sum[compute](static_cast<const char*>(rows) + begin * size, end - begin);
+    });
+  };
+  const double counted = reduction == Reduction::mean ? sum(ce.row_weight) : 1.0;
+  write_compute(total, compute, counted);
+  if (reduction == Reduction::none) {
+    level().store[dtype](static_cast<char*>(loss),
+                         dtype == kFloat64   ? 8
+                         : dtype == kFloat32 ? 4
+                                             : 2,
+                         ce.row_loss, ce.n);
+  } else {
+    double value;
+    write_compute(&value, compute, sum(ce.row_loss) / counted);
+    level().store[dtype](static_cast<char*>(loss), 0, &value, 1);
+  }
+}
+
+void Cpu::softmax_ce_backward(const SoftmaxCE& ce) {
+  parallel(ce.n, row_grain(ce.classes),
+           [&](int64_t begin, int64_t end) { level().softmax_ce_backward[dtype_index(ce.dtype)](ce, begin, end); });
+}
+
+void Cpu::maxout_forward(const Maxout& maxout) {
+  parallel(maxout.n, row_grain(maxout.pieces * maxout.out),
+           [&](int64_t begin, int64_t end) { level().maxout_forward[dtype_index(maxout.dtype)](maxout, begin, end); });
+}
+
+void Cpu::maxout_backward(const Maxout& maxout) {
+  parallel(maxout.n, row_grain(maxout.pieces * maxout.out),
+           [&](int64_t begin, int64_t end) { level().maxout_backward[dtype_index(maxout.dtype)](maxout, begin, end); });
+}
+
+void Cpu::add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t) {
+  const DtypeIndex index = dtype_index(dtype);
+  const int64_t size = index == kFloat64 ? 8 : index == kFloat32 ? 4 : 2;
+  const double sum = blocked_sum(n, [&](int64_t begin, int64_t end) {
+    return level().sum_of_squares[index](static_cast<const char*>(data) + begin * size, end - begin);
+  });
+  if (index == kFloat64)
+    *static_cast<double*>(result) += sum;
+  else
+    *static_cast<float*>(result) += static_cast<float>(sum);
+}
+
+}  // namespace torchbp

@@ -1,0 +1,54 @@
+// What one SIMD level offers: a table of plain functions, filled in by level.h under each level's target.
+#pragma once
+
+#include "../kernels.h"
+
+namespace torchbp {
+
+// A column of the table over contiguous arrays of the compute dtype.
+using ColumnFunction = void (*)(void* const* outputs, const void* const* inputs, int64_t n, double parameter);
+
+// Between a strided array of some dtype (stride in bytes) and a contiguous one of its compute dtype.
+using LoadFunction = void (*)(void* to, const char* from, int64_t stride, int64_t n);
+using StoreFunction = void (*)(char* to, int64_t stride, const void* from, int64_t n);
+
+// Where a dtype's functions stand in a Level. ops.h has refused every other dtype before.
+enum DtypeIndex { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
+
+inline DtypeIndex dtype_index(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      return kFloat16;
+  }
+}
+
+// Half types are computed in float32.
+inline DtypeIndex compute_index(DtypeIndex dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+
+// The row-wise kernels work on the rows [begin, end) of their description.
+struct Level {
+  const char* name;
+  ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
+  LoadFunction load[kDtypes];
+  StoreFunction store[kDtypes];
+  void (*softmax_ce_forward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
+  void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
+  void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
+  void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
+  double (*sum[kDtypes])(const void* data, int64_t n);
+  double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
+};
+
+const Level& baseline_level();
+#if defined(__x86_64__)
+const Level& avx2_level();
+const Level& avx512_level();
+#endif
+
+}  // namespace torchbp

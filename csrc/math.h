@@ -1,0 +1,164 @@
+// The words that the rows of gates.h are written in: where, abs, exp, expm1, tanh, isnan.
+//
+// On the CPU each is branch-free arithmetic that the compiler turns into vector instructions of the level at hand
+// (libm calls would stop that); on CUDA they are the device library's functions. Included once per SIMD level, inside
+// a namespace of that level's own, so that no level's code is ever linked into another's.
+#ifndef TORCHBP_LEVEL
+#error "define TORCHBP_LEVEL (baseline, avx2, avx512, cuda) before including math.h"
+#endif
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define TORCHBP_INLINE __device__ __forceinline__
+#else
+#define TORCHBP_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace torchbp::TORCHBP_LEVEL {
+
+// Reads the bits of one type as another of the same size.
+template <class To, class From>
+TORCHBP_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class A, class B>
+TORCHBP_INLINE std::common_type_t<A, B> where(bool condition, A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return condition ? static_cast<C>(a) : static_cast<C>(b);
+}
+
+template <class T>
+TORCHBP_INLINE T abs(T x) {
+#if defined(__CUDACC__)
+  return ::fabs(x);
+#else
+  return std::abs(x);
+#endif
+}
+
+template <class T>
+TORCHBP_INLINE bool isnan(T x) {
+  return x != x;
+}
+
+#if defined(__CUDACC__)
+
+// The device library's functions: at most 2 ulp in float32 and 1 ulp in float64 (CUDA C++ Programming Guide, 17.1).
+TORCHBP_INLINE float exp(float x) { return ::expf(x); }
+TORCHBP_INLINE double exp(double x) { return ::exp(x); }
+TORCHBP_INLINE float expm1(float x) { return ::expm1f(x); }
+TORCHBP_INLINE double expm1(double x) { return ::expm1(x); }
+TORCHBP_INLINE float tanh(float x) { return ::tanhf(x); }
+TORCHBP_INLINE double tanh(double x) { return ::tanh(x); }
+
+#else
+
+// What the range reduction x = k ln 2 + r, |r| <= ln 2 / 2, needs to know of a type.
+template <class T>
+struct Reduce;
+
+template <>
+struct Reduce<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23, bias = 127, degree = 7;
+  static constexpr float log2e = 1.44269504f, hi = 0.693145752f, lo = 1.42860677e-06f;
+  static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+  static constexpr float least = -104.f, most = 89.f;
+};
+
+template <>
+struct Reduce<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+  static constexpr double log2e = 1.4426950408889634, hi = 0.693147180369123816490, lo = 1.90821492927058770002e-10;
+  static constexpr double round = 6755399441055744.;  // 1.5 * 2^52
+  static constexpr double least = -746., most = 710.;
+};
+
+// 1/2!, 1/3!, ... as a compile-time table for the Taylor series of expm1.
+template <class T>
+struct InverseFactorials {
+  T value[Reduce<T>::degree + 1];
+  constexpr InverseFactorials() : value{} {
+    double factorial = 1;
+    for (int i = 0; i <= Reduce<T>::degree; ++i) {
+      if (i) factorial *= i;
+      value[i] = static_cast<T>(1 / factorial);
+    }
+  }
+};
+
+// expm1(r) = r + r^2 (1/2! + r/3! + ...). On |r| <= ln 2 / 2 the first term left out is below 5e-9 (float32) and
+// 5e-18 (float64) of the result, less than a tenth of an ulp.
+template <class T>
+TORCHBP_INLINE T expm1_series(T r) {
+  constexpr InverseFactorials<T> c;
+  constexpr int n = Reduce<T>::degree;
+  T p = c.value[n];
+#pragma GCC unroll 16
+  for (int i = n - 1; i >= 2; --i) p = p * r + c.value[i];
+  return r + (r * r) * p;
+}
+
+// 2^k for k in the normal range.
+template <class T>
+TORCHBP_INLINE T power_of_two(typename Reduce<T>::Int k) {
+  using R = Reduce<T>;
+  return bits<T>(static_cast<typename R::Int>((k + R::bias) << R::mantissa));
+}
+
+// x = k ln 2 + r; returns r and sets k. x must lie in [least, most].
+template <class T>
+TORCHBP_INLINE T reduce(T x, typename Reduce<T>::Int& k) {
+  using R = Reduce<T>;
+  const T shifted = x * R::log2e + R::round;
+  k = bits<typename R::Int>(shifted) - bits<typename R::Int>(R::round);
+  const T whole = shifted - R::round;
+  return (x - whole * R::hi) - whole * R::lo;
+}
+
+// e^x, subnormal results and infinities included: the two halves of 2^k are normal numbers, and only the last product
+// rounds. NaN runs through the arithmetic by itself.
+template <class T>
+TORCHBP_INLINE T exp(T x) {
+  using R = Reduce<T>;
+  typename R::Int k;
+  const T r = reduce(where(x < R::least, R::least, where(x > R::most, R::most, x)), k);
+  const typename R::Int half = k >> 1;
+  return (1 + expm1_series(r)) * power_of_two<T>(half) * power_of_two<T>(k - half);
+}
+
+// e^x - 1 without the cancellation near 0: 2^k (expm1(r) + 1) - 1 = 2^k expm1(r) + (2^k - 1), all halved until the
+// last step so that 2^k cannot overflow before the result does.
+template <class T>
+TORCHBP_INLINE T expm1(T x) {
+  using R = Reduce<T>;
+  constexpr T minus_one = -(R::mantissa + 5);  // e^x is lost beside 1 from here on
+  typename R::Int k;
+  const T r = reduce(where(x < minus_one, minus_one, where(x > R::most, R::most, x)), k);
+  const T half = power_of_two<T>(k - 1);
+  return 2 * (expm1_series(r) * half + (half - T(0.5)));
+}
+
+// tanh(|x|) = t / (t + 2) with t = expm1(2 |x|), which divides the relative error of t by at least 1 + t / 2; then the
+// sign of x. Beyond 20 the result is 1 in every dtype.
+template <class T>
+TORCHBP_INLINE T tanh(T x) {
+  const T size = abs(x);
+  const T t = expm1(2 * where(size > 20, 20, size));
+  return std::copysign(t / (t + 2), x);
+}
+
+#endif
+
+}  // namespace torchbp::TORCHBP_LEVEL

@@ -1,0 +1,99 @@
+// Softmax cross-entropy of one row, written once: a row belongs to one thread on the CPU, and to a group of them on CUDA.
+//
+// With p = softmax(x), lse = log sum exp(x), w the class weights, s the label smoothing, C classes and q the target
+// distribution (q = (1 - s) onehot(t) + s / C for a class index t, (1 - s) q + s / C for probabilities):
+//
+//   loss = sum_c w_c q_c (lse - x_c)        dx_c = dloss (p_c sum_k w_k q_k - w_c q_c)
+//   dq_c = dloss (1 - s) w_c (lse - x_c)
+//
+// The one-hot part of a class index needs no pass over the row: it is added where t is known.
+#pragma once
+
+#include "dtype.h"
+#include "kernels.h"
+
+namespace torchbp::TORCHBP_LEVEL {
+
+// A Group is the threads of one row. Each thread works on the columns rank, rank + size, ...; sum(v) adds what they
+// found, and every one of them receives the result.
+struct OneThread {
+  static constexpr int rank = 0, size = 1;
+  template <class C>
+  TORCHBP_INLINE C sum(C v) const {
+    return v;
+  }
+};
+
+template <class T>
+struct Row {
+  using C = Compute<T>;
+  const SoftmaxCE& a;
+  const T* x;
+  const T* q;
+  const T* weight;
+  int64_t i, target;
+  C keep;         // 1 - s
+  C smooth_each;  // s / C
+
+  TORCHBP_INLINE Row(const SoftmaxCE& a, int64_t i)
+      : a(a),
+        x(static_cast<const T*>(a.input) + i * a.classes),
+        q(a.probabilities ? static_cast<const T*>(a.probabilities) + i * a.classes : nullptr),
+        weight(static_cast<const T*>(a.weight)),
+        i(i),
+        target(a.target ? a.target[i] : -1),
+        keep(static_cast<C>(1 - a.label_smoothing)),
+        smooth_each(static_cast<C>(a.label_smoothing / static_cast<double>(a.classes))) {}
+
+  TORCHBP_INLINE bool ignored() const { return a.target && target == a.ignore_index; }
+  TORCHBP_INLINE bool in_range() const { return !a.target || (target >= 0 && target < a.classes); }
+  // Whether q has a part besides the one-hot one.
+  TORCHBP_INLINE bool has_soft() const { return q || a.label_smoothing != 0; }
+  TORCHBP_INLINE C w(int64_t c) const { return weight ? load(weight[c]) : C(1); }
+  TORCHBP_INLINE C soft(int64_t c) const { return q ? keep * load(q[c]) + smooth_each : smooth_each; }
+
+  // What a row that is neither ignored nor out of range loses and counts. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void loss(const Group& group, C lse, C& loss, C& count) const {
+    loss = 0;
+    count = 1;
+    if (has_soft()) {
+      for (int64_t c = group.rank; c < a.classes; c += group.size) loss += w(c) * soft(c) * (lse - load(x[c]));
+      loss = group.sum(loss);
+    }
+    if (!q) {
+      count = w(target);
+      loss += keep * count * (lse - load(x[target]));
+    }
+  }
+
+  // Writes the row of the gradients that were asked for. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void backward(const Group& group, C total) const {
+    const C lse = static_cast<const C*>(a.lse)[i];
+    const C g = load(static_cast<const T*>(a.grad)[i * a.grad_stride]) / total;
+    if (a.grad_input) {
+      T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
+      if (ignored() || !in_range()) {
+        for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
+      } else if (has_soft()) {
+        const C onehot = q ? C(0) : keep * w(target);
+        C mass = 0;
+        for (int64_t c = group.rank; c < a.classes; c += group.size) mass += w(c) * soft(c);
+        mass = group.sum(mass) + onehot;
+        for (int64_t c = group.rank; c < a.classes; c += group.size)
+          store(dx + c, g * (exp(load(x[c]) - lse) * mass - w(c) * soft(c) - (c == target ? onehot : C(0))));
+      } else {
+        const C gw = g * w(target);
+        for (int64_t c = group.rank; c < a.classes; c += group.size)
+          store(dx + c, gw * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
+      }
+    }
+    if (a.grad_probabilities) {
+      T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
+      for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
+    }
+  }
+};
+
+}  // namespace torchbp::TORCHBP_LEVEL

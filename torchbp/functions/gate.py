@@ -1,0 +1,325 @@
+"""The plumbing of every hand-written Function, once, so that each reads like the lecture's.
+
+A Function of torchbp has `forward`, `setup_context`, `backward` and `jvp`; this module gives it
+
+* `Gate`, its base class: a cheap `apply`, clear errors, a `jvp` that torch.compile can live with;
+* `raw`, which calls an operation of `torch.ops.torchbp` from inside a Function;
+* `backward_of`, the Function that a unary row's gradient column is, differentiable again;
+* `TwoInputs`, the gradients of a two-input row, each in the shape of its input;
+* `call`, through which torchbp.functional applies a Function under eager PyTorch, torch.func and
+  torch.compile alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+from . import check
+from .table import ROWS, Row
+
+__all__ = [
+    "BACKWARD", "GATES", "Gate", "TwoInputs", "backward_of", "below", "call", "fast_backward",
+    "raw", "save", "sum_to",
+]  # fmt: skip
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling  # something compiles
+_is_traced = torch.compiler.is_dynamo_compiling  # this very line is being traced
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_Exclude = torch._C._ExcludeDispatchKeyGuard
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+# Inside a Function an operation is plain arithmetic: autograd and autocast have had their turn.
+_SETTLED = _keys("AutogradFunctionality", "AutogradOther", "AutocastCPU", "AutocastCUDA")
+
+
+def below(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` as a Function calls it: past autograd and autocast, straight to the kernel."""
+
+    def run(*args: Any) -> Any:
+        if _is_traced():  # the tracer has no use for the guard
+            return op(*args)
+        with _Exclude(_SETTLED):
+            return op(*args)
+
+    return run
+
+
+def raw(name: str) -> Callable[..., Any]:
+    """The operation `torch.ops.torchbp.NAME` as a Function calls it."""
+    return below(getattr(torch.ops.torchbp, name).default)
+
+
+def fast_backward(grad: Tensor) -> bool:
+    """Whether a backward may use its fused kernel, as nobody will differentiate or batch it.
+
+    Batching shows as a functorch transform, or (`is_grads_batched=True`) as a batched gradient.
+    What torch.compile traces is never differentiated twice.
+    """
+    return _is_traced() or not (
+        torch.is_grad_enabled()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or _is_batched(grad)
+    )
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for backward and for forward mode."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+#: The gates of the table: row's name -> Function.
+GATES: dict[str, type[Gate]] = {}
+
+#: Of those with one input that save it or their output, the Function of the gradient column.
+BACKWARD: dict[str, type[Gate]] = {}
+
+
+def _check_of(row: Row) -> Callable[..., None]:
+    names = [*row.inputs, *([row.parameter] if row.parameter else [])]
+
+    def check_row(*inputs: Any) -> None:
+        """Raise TypeError or ValueError for bad input to the gate of a row."""
+        if len(inputs) > len(names):
+            raise TypeError(f"{row.name}: wants {', '.join(names)}, got {len(inputs)} arguments")
+        for i, (name, value) in enumerate(zip(names, inputs, strict=False)):
+            if name == row.parameter:
+                check.number(row.name, name, value)
+            elif i == 0:
+                check.floating(row.name, name, value)
+            else:
+                check.like(row.name, name, value, names[0], inputs[0])
+                check.broadcastable(row.name, names[0], inputs[0], name, value)
+
+    return check_row
+
+
+def _jvp_of(backward: Callable[..., Any]) -> Callable[..., Tensor]:
+    def jvp(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+        y_t = backward(ctx, x_t)
+        y_t = y_t[0] if isinstance(y_t, tuple) else y_t
+        return y_t.clone() if y_t is x_t else y_t  # a tangent of its own
+
+    return jvp
+
+
+class _Jvp:
+    """A `jvp` that is not there while torch.compile traces: it refuses Functions that have one.
+
+    `call` keeps a compiled program from needing it.
+    """
+
+    def __init__(self, jvp: Callable[..., Any]) -> None:
+        self.jvp = jvp
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        return Function.jvp if _is_compiling() else self.jvp
+
+
+class Gate(Function):
+    """Base class of every Function of torchbp.
+
+    A subclass defines, as static methods and with every input positional,
+
+    * `forward(*inputs)`, `setup_context(ctx, inputs, output)`, `backward(ctx, *upstream)` and
+      `jvp(ctx, *tangents)`, as torch.autograd.Function has them;
+    * `check(*inputs)`, which raises TypeError, ValueError or IndexError for bad input;
+    * `formula(*inputs)`, the same result from PyTorch's own operations, which torch.compile uses
+      under a torch.func transform.
+
+    The gate of a row of the table names it, `row = "relu"`, and is found in `GATES` by that name.
+    It needs no `check`, nor a `jvp` if it has one input: its Jacobian is diagonal, so that
+    forward mode multiplies the tangent as backward does the upstream gradient.
+    """
+
+    generate_vmap_rule = True
+    row: ClassVar[str]
+    check: ClassVar[Callable[..., None]]
+    formula: ClassVar[Callable[..., Any]]
+    _defaults: tuple[Any, ...] = ()
+    _inputs = 0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        row = cls.__dict__.get("row")
+        if row is not None:
+            GATES[row] = cls
+            cls.check = staticmethod(_check_of(ROWS[row]))
+            if len(ROWS[row].inputs) == 1:
+                cls.jvp = staticmethod(_jvp_of(cls.backward))  # type: ignore[method-assign]
+        if "jvp" in cls.__dict__:
+            cls.jvp = _Jvp(cls.jvp)  # type: ignore[assignment, method-assign]
+        if "forward" in cls.__dict__:
+            parameters = [
+                parameter
+                for parameter in inspect.signature(cls.forward).parameters.values()
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ]
+            cls._inputs = len(parameters)
+            cls._defaults = tuple(p.default for p in parameters if p.default is not p.empty)
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """Run forward, and record the Function for backward if an input requires grad.
+
+        The work of `torch.autograd.Function.apply` without its `inspect.signature` on every call,
+        which is most of its time.
+        """
+        try:
+            if kwargs or _functorch_active():
+                return super().apply(*args, **kwargs)
+            missing = cls._inputs - len(args)
+            if missing > 0:
+                args += cls._defaults[len(cls._defaults) - missing :]
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                return super(Function, cls).apply(*args)  # type: ignore[misc]
+            return cls.forward(*args)
+        except (RuntimeError, TypeError, IndexError):
+            if not kwargs:
+                cls.check(*args)  # says it better, if it is the input that is bad
+            raise
+
+
+def call(function: type[Gate], *inputs: Any) -> Any:
+    """`function.apply(*inputs)`, right under torch.compile too.
+
+    torch.compile drops a custom Function's rules inside a torch.func transform that it compiles
+    (vmap of grad and jvp are silently wrong, torch 2.13), so there PyTorch's own formula runs.
+    """
+    if _is_traced():
+        function.check(*inputs)
+        if _functorch_active():
+            return function.formula(*inputs)
+        if not (torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs)):
+            return function.forward(*inputs)
+    return function.apply(*inputs)
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def second_order(
+    row: Row, dy: Tensor, saved: Tensor, parameter: tuple[float, ...]
+) -> Tensor | None:
+    """The second-order column, d(dx)/d(saved), from PyTorch's operations: differentiable further.
+
+    Half types compute in float32. None where the column is 0.
+    """
+    if row.columns["dxx"] == "0":
+        return None
+    half = saved.dtype in (torch.bfloat16, torch.float16)
+    wide_dy, wide_saved = (dy.float(), saved.float()) if half else (dy, saved)
+    values: dict[str, Any] = {"dy": wide_dy, row.saves[0]: wide_saved}
+    if row.parameter is not None:
+        values[row.parameter] = parameter[0]
+    second: Tensor = row.evaluate("dxx", **values)
+    return second.to(saved.dtype)
+
+
+def backward_of(name: str, class_name: str) -> type[Gate]:
+    """The Function of a unary row's gradient column: (dy, saved, *parameter) -> dx.
+
+    It is linear in dy, so that its own backward is itself once more for dy, and the second-order
+    column for the saved tensor.
+    """
+    row = ROWS[name]
+    kernel = raw(f"{name}_backward")
+
+    # With its exact arguments: torch.compile counts them.
+    def gradient(dy: Tensor, saved: Tensor) -> Tensor:
+        return kernel(dy, saved)
+
+    def gradient_with(dy: Tensor, saved: Tensor, parameter: float) -> Tensor:
+        return kernel(dy, saved, parameter)
+
+    class Backward(Gate):
+        __doc__ = f"The gradient column of the row `{name}`: `{row.columns['dx']}`."
+
+        forward = staticmethod(gradient if row.parameter is None else gradient_with)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            dy, saved, *parameter = inputs
+            save(ctx, dy, saved)
+            ctx.parameter = tuple(parameter)
+
+        @staticmethod
+        def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+            dy, saved = ctx.saved_tensors
+            grad_dy = grad_saved = None
+            if ctx.needs_input_grad[0]:
+                grad_dy = Backward.apply(ddx, saved, *ctx.parameter)
+            if ctx.needs_input_grad[1]:
+                second = second_order(row, dy, saved, ctx.parameter)
+                grad_saved = None if second is None else ddx * second
+            return grad_dy, grad_saved, *(None for _ in ctx.parameter)
+
+        @staticmethod
+        def jvp(ctx: Any, dy_t: Tensor | None, saved_t: Tensor | None, *_: None) -> Tensor:
+            dy, saved = ctx.saved_tensors
+            tangent = torch.zeros_like(saved)
+            if dy_t is not None:
+                tangent = tangent + Backward.apply(dy_t, saved, *ctx.parameter)
+            second = second_order(row, dy, saved, ctx.parameter)
+            if saved_t is not None and second is not None:
+                tangent = tangent + saved_t * second
+            return tangent
+
+    Backward.__name__ = Backward.__qualname__ = class_name
+    BACKWARD[name] = Backward
+    return Backward
+
+
+def sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a broadcast input: summed over the dimensions along which it was copied."""
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
+
+
+class TwoInputs:
+    """The gradients of a row with two inputs."""
+
+    def __init__(self, name: str) -> None:
+        self.row = ROWS[name]
+        self.both = raw(f"{name}_backward")
+        self.one = raw(f"{name}_backward_a"), raw(f"{name}_backward_b")
+
+    def backward(
+        self, needs: tuple[bool, bool], dy: Tensor, a: Tensor, b: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(da, db), None where not needed: by kernel, or from the row's text if differentiated."""
+        if fast_backward(dy):
+            if all(needs):
+                return self.both(dy, a, b)
+            return tuple(  # type: ignore[return-value]
+                kernel(dy, a, b) if need else None
+                for kernel, need in zip(self.one, needs, strict=True)
+            )
+        da = sum_to(self.row.evaluate("da", dy=dy, a=a, b=b), a.shape) if needs[0] else None
+        db = sum_to(self.row.evaluate("db", dy=dy, a=a, b=b), b.shape) if needs[1] else None
+        return da, db
+
+    def jvp(self, inputs: tuple[Tensor, Tensor], a_t: Tensor | None, b_t: Tensor | None) -> Tensor:
+        """The tangent of y: the same columns, with the inputs' tangents for dy."""
+        a, b = inputs
+        of_a = None if a_t is None else self.row.evaluate("da", dy=a_t, a=a, b=b)
+        of_b = None if b_t is None else self.row.evaluate("db", dy=b_t, a=a, b=b)
+        if of_a is None or of_b is None:
+            return of_b if of_a is None else of_a  # type: ignore[return-value]
+        return of_a + of_b

@@ -1,0 +1,168 @@
+"""MLP: a whole multi-layer perceptron as one Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import check
+from .gate import Gate, fast_backward, raw, save
+from .products import ACTIVATIONS, affine_gradients, check_affine
+
+__all__ = ["MLP"]
+
+_mlp, _mlp_backward = raw("mlp"), raw("mlp_backward")
+
+
+def split(layers: int, parameters: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """(weights, biases) of the flat list of parameters; biases is empty where there are none."""
+    return list(parameters[:layers]), list(parameters[layers:])
+
+
+class MLP(Gate):
+    """y = W_L f(... f(W_1 x + b_1) ...) + b_L: linear layers with an activation f between them.
+
+    Args (of apply):
+        x: [..., in_features].
+        layers: number of layers L.
+        activation: a key of `ACTIVATIONS`.
+        parameters: the L weights [out, in], then the L biases [out] or none at all.
+
+    Returns (y, *saved): of each hidden layer the output h that backward needs, and before it the
+    z = W h + b where the gradient of f reads that (elu, leaky_relu).
+
+    Backward applies the chain rule from the last layer to the first: dL/dz_L = dL/dy, then
+    dL/dW_i = dL/dz_i^T h_(i-1), dL/db_i = sum of dL/dz_i, dL/dz_(i-1) = (dL/dz_i W_i) f'.
+
+    Example:
+        >>> x, w1, w2 = torch.ones(5, 3), torch.ones(4, 3), torch.ones(2, 4)
+        >>> y, h = MLP.apply(x, 2, "relu", w1, w2)
+        >>> y.shape, h.shape
+        (torch.Size([5, 2]), torch.Size([5, 4]))
+    """
+
+    @staticmethod
+    def forward(x: Tensor, layers: int, activation: str, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_mlp(x, *split(layers, parameters), *ACTIVATIONS[activation].arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.layers, ctx.activation, *parameters = inputs
+        ctx.set_materialize_grads(False)
+        weights, _ = split(ctx.layers, tuple(parameters))
+        save(ctx, x, *weights, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_saved: Tensor | None) -> Any:
+        x, *rest = ctx.saved_tensors
+        weights, saved = split(ctx.layers, tuple(rest))
+        need_x, _, _, *needs = ctx.needs_input_grad
+        need_weights, need_biases = split(ctx.layers, tuple(needs))
+        activation = ACTIVATIONS[ctx.activation]
+        if (
+            grad_y is not None
+            and fast_backward(grad_y)
+            and all(grad is None for grad in grad_saved)
+        ):
+            grads = _mlp_backward(
+                grad_y, x, weights, saved, *activation.arguments, need_x, need_weights, need_biases
+            )
+            wanted = [need_x, *needs]
+            grad_x, *grads = (g if need else None for g, need in zip(grads, wanted, strict=True))
+            return grad_x, None, None, *grads
+
+        # The same from operations that can be differentiated again. What else used a layer's z or h
+        # (only a second derivative does) adds its gradient.
+        per_layer = 2 if activation.saves_x else 1
+        grad_weights: list[Tensor | None] = [None] * ctx.layers
+        grad_biases: list[Tensor | None] = [None] * len(need_biases)
+        grad_x = None
+        grad_z = grad_y
+        for i in reversed(range(ctx.layers)):
+            h = saved[i * per_layer - 1] if i else x
+            grad_h = None
+            if grad_z is not None:
+                need_bias = bool(need_biases) and need_biases[i]
+                grad_h, grad_weights[i], grad_bias = affine_gradients(
+                    grad_z, h, weights[i], (i > 0 or need_x, need_weights[i], need_bias)
+                )
+                if need_biases:
+                    grad_biases[i] = grad_bias
+            if i == 0:
+                grad_x = grad_h
+                break
+            grad_h = total(grad_h, grad_saved[i * per_layer - 1])
+            grad_z = None
+            if grad_h is not None:
+                grad_z = activation.backward(grad_h, saved[(i - 1) * per_layer])
+            if activation.saves_x:
+                grad_z = total(grad_z, grad_saved[(i - 1) * per_layer])
+        return grad_x, None, None, *grad_weights, *grad_biases
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, _: None, __: None, *tangents: Tensor | None) -> Any:
+        x, *rest = ctx.saved_tensors
+        weights, saved = split(ctx.layers, tuple(rest))
+        weights_t, biases_t = split(ctx.layers, tangents)
+        activation = ACTIVATIONS[ctx.activation]
+        per_layer = 2 if activation.saves_x else 1
+        saved_t: list[Tensor] = []
+        h, h_t = x, x_t
+        for i, weight in enumerate(weights):
+            z_t = h.new_zeros(*h.shape[:-1], weight.shape[0])
+            if h_t is not None:
+                z_t = z_t + torch.matmul(h_t, weight.mT)
+            if weights_t[i] is not None:
+                z_t = z_t + torch.matmul(h, weights_t[i].mT)
+            if biases_t and biases_t[i] is not None:
+                z_t = z_t + biases_t[i]
+            if i + 1 == ctx.layers:
+                return z_t, *saved_t
+            h_t = activation.backward(z_t, saved[i * per_layer])
+            saved_t += [z_t, h_t] if activation.saves_x else [h_t]
+            h = saved[(i + 1) * per_layer - 1]
+        raise AssertionError("an MLP has at least one layer")
+
+    @staticmethod
+    def check(x: Any, layers: Any, activation: Any, *parameters: Any) -> None:
+        check.choice("mlp", "activation", activation, tuple(ACTIVATIONS))
+        check.integer("mlp", "layers", layers)
+        weights, biases = split(layers, parameters)
+        if not weights:
+            raise ValueError("mlp: weights wants at least one matrix, got none")
+        if len(weights) != layers or len(biases) not in (0, layers):
+            raise ValueError(f"mlp: biases wants none or {len(weights)} tensors, got {len(biases)}")
+        check.floating("mlp", "x", x)
+        shape = x.shape
+        for i, weight in enumerate(weights):
+            name = f"[{i}]"
+            check.like("mlp", f"weights{name}", weight, "x", x)
+            probe = x.new_empty((0, *shape[-1:]))
+            if i == 0:
+                check_affine("mlp", x, weight, biases[i] if biases else None, name)
+            else:
+                check_affine("mlp", probe, weight, biases[i] if biases else None, name)
+            shape = weight.shape[:1]
+
+    @staticmethod
+    def formula(x: Tensor, layers: int, activation: str, *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = split(layers, parameters)
+        f = ACTIVATIONS[activation]
+        saved: list[Tensor] = []
+        h = x
+        for i, weight in enumerate(weights):
+            z = torch.nn.functional.linear(h, weight, biases[i] if biases else None)
+            if i + 1 == layers:
+                return z, *saved
+            h = f.formula(z)
+            saved += [z, h] if f.saves_x else [h]
+        raise AssertionError("an MLP has at least one layer")
+
+
+def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may be missing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

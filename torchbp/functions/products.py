@@ -1,0 +1,330 @@
+"""The gates built on a matrix product: MatMul, Linear, Maxout.
+
+The Jacobian of a product is huge and mostly zero, so that it is never formed: the gradients are
+products themselves, dL/dx = dL/dy w^T and dL/dw = x^T dL/dy. No other order of the factors has the
+right shapes. Products run on PyTorch's own GEMM (MKL, oneDNN, cuBLAS).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import activations, check
+from .gate import BACKWARD, GATES, Gate, below, fast_backward, raw, save, sum_to
+from .table import ROWS
+
+__all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout"]
+
+_matmul = below(torch.matmul)
+_linear, _linear_backward = raw("linear"), raw("linear_backward")
+_max_pieces, _max_pieces_backward = raw("max_pieces"), raw("max_pieces_backward")
+
+
+class Activation:
+    """An activation as linear and mlp fuse it: a gate of the table with its default parameter."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.gate = GATES.get(name)
+        self.gradient = BACKWARD.get(name)
+        self.parameter: tuple[float, ...] = self.gate._defaults if self.gate else ()
+        self.saves_x = self.gate is not None and ROWS[name].saves == ("x",)
+
+    @property
+    def arguments(self) -> tuple[str, float]:
+        """What the raw operations take."""
+        return self.name, self.parameter[0] if self.parameter else 0.0
+
+    def backward(self, grad_y: Tensor, saved: Tensor) -> Tensor:
+        """dL/dz from dL/dy and the saved z or y."""
+        if self.gradient is None:
+            return grad_y
+        return self.gradient.apply(grad_y, saved, *self.parameter)
+
+    def formula(self, z: Tensor) -> Tensor:
+        """y = f(z) from PyTorch's own operations."""
+        return z if self.gate is None else self.gate.formula(z, *self.parameter)
+
+
+#: The activations that linear and mlp take by name: "none" and every gate of activations.py.
+ACTIVATIONS = {
+    name: Activation(name)
+    for name in (
+        "none",
+        *(name for name, gate in GATES.items() if gate.__module__ == activations.__name__),
+    )
+}
+
+
+class MatMul(Gate):
+    """y = x w, of matrices or batches of them: x [..., N, D], w [..., D, M], y [..., N, M].
+
+    dL/dx = dL/dy w^T and dL/dw = x^T dL/dy, summed over batch dimensions that were broadcast.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 1.0, -3.0], [-3.0, 4.0, 2.0]], requires_grad=True)
+        >>> w = torch.tensor([[3.0, 2, 1, -1], [2, 1, 3, 2], [3, 2, 1, -2]], requires_grad=True)
+        >>> MatMul.apply(x, w).backward(torch.tensor([[2.0, 3, -3, 9], [-8, 1, 4, 6]]))
+        >>> x.grad
+        tensor([[  0.,  16.,  -9.],
+                [-24.,   9., -30.]])
+    """
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        if x.dim() < 2 or w.dim() < 2:
+            MatMul.check(x, w)
+        return _matmul(x, w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = sum_to(MatMul.apply(grad_y, w.mT), x.shape)  # dL/dy w^T
+        if ctx.needs_input_grad[1]:
+            grad_w = sum_to(MatMul.apply(x.mT, grad_y), w.shape)  # x^T dL/dy
+        return grad_x, grad_w
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, w_t: Tensor | None) -> Tensor:
+        x, w = ctx.saved_tensors
+        if x_t is None or w_t is None:
+            return MatMul.apply(x, w_t) if x_t is None else MatMul.apply(x_t, w)
+        return MatMul.apply(x_t, w) + MatMul.apply(x, w_t)
+
+    @staticmethod
+    def check(x: Any, w: Any) -> None:
+        check.floating("matmul", "x", x)
+        check.like("matmul", "w", w, "x", x)
+        if x.dim() < 2 or w.dim() < 2 or x.shape[-1] != w.shape[-2]:
+            raise ValueError(
+                "matmul: x and w want shapes (..., N, D) and (..., D, M), "
+                f"got {tuple(x.shape)} and {tuple(w.shape)}"
+            )
+        try:
+            torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        except RuntimeError:
+            raise ValueError(
+                "matmul: x and w want leading dimensions that broadcast, "
+                f"got {tuple(x.shape)} and {tuple(w.shape)}"
+            ) from None
+
+    formula = staticmethod(torch.matmul)
+
+
+def affine_gradients(
+    grad_z: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of z = x W^T + b, from operations that can be differentiated again."""
+    rows = grad_z.reshape(-1, weight.shape[0])
+    grad_x = MatMul.apply(rows, weight).reshape(x.shape) if needs[0] else None
+    grad_weight = MatMul.apply(rows.mT, x.reshape(-1, weight.shape[1])) if needs[1] else None
+    grad_bias = rows.sum(0) if needs[2] else None
+    return grad_x, grad_weight, grad_bias
+
+
+def check_affine(op: str, x: Any, weight: Any, bias: Any, suffix: str = "") -> None:
+    check.floating(op, "x", x)
+    check.like(op, f"weight{suffix}", weight, "x", x)
+    check.shape(op, f"weight{suffix}", weight, ("out_features", "in_features"))
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x wants shape (..., {weight.shape[1]}) for weight{suffix} of shape "
+            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+    if bias is not None:
+        check.like(op, f"bias{suffix}", bias, "x", x)
+        check.shape(op, f"bias{suffix}", bias, (weight.shape[0],))
+
+
+class Linear(Gate):
+    """y = f(x W^T + b): the linear layer, with an activation f fused to it.
+
+    Args (of apply):
+        x: [..., in_features], any leading dimensions.
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns (y, z): y [..., out_features]; z is x W^T + b where the gradient of f reads it (elu,
+    leaky_relu), else an empty tensor.
+
+    With dL/dz = dL/dy f'(z): dL/dx = dL/dz W, dL/dW = dL/dz^T x, dL/db = sum of dL/dz over rows.
+
+    Example:
+        >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        >>> y, _ = Linear.apply(x, weight, None, "relu")
+        >>> y.shape
+        torch.Size([2, 4])
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        return _linear(x, weight, bias, *ACTIVATIONS[activation].arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, activation = inputs
+        y, z = output
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        saves_x = ACTIVATIONS[activation].saves_x
+        if not saves_x:
+            ctx.mark_non_differentiable(z)
+        save(ctx, x, weight, z if saves_x else y)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, saved = ctx.saved_tensors
+        activation = ACTIVATIONS[ctx.activation]
+        needs = ctx.needs_input_grad[:3]
+        if grad_z is None and grad_y is not None and fast_backward(grad_y):
+            grads = _linear_backward(grad_y, x, weight, saved, *activation.arguments, *needs)
+            return *(g if need else None for g, need in zip(grads, needs, strict=True)), None  # type: ignore[return-value]
+        total = grad_z
+        if grad_y is not None:
+            through = activation.backward(grad_y, saved)
+            total = through if total is None else total + through
+        if total is None:
+            return None, None, None, None
+        return *affine_gradients(total, x, weight, needs), None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, _: None
+    ) -> tuple[Tensor, Tensor | None]:
+        x, weight, saved = ctx.saved_tensors
+        activation = ACTIVATIONS[ctx.activation]
+        z_t = torch.zeros_like(saved)
+        if x_t is not None:
+            z_t = z_t + torch.matmul(x_t, weight.mT)
+        if weight_t is not None:
+            z_t = z_t + torch.matmul(x, weight_t.mT)
+        if bias_t is not None:
+            z_t = z_t + bias_t
+        return activation.backward(z_t, saved), z_t if activation.saves_x else None
+
+    @staticmethod
+    def check(x: Any, weight: Any, bias: Any = None, activation: Any = "none") -> None:
+        check_affine("linear", x, weight, bias)
+        check.choice("linear", "activation", activation, tuple(ACTIVATIONS))
+
+    @staticmethod
+    def formula(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        z = torch.nn.functional.linear(x, weight, bias)
+        return ACTIVATIONS[activation].formula(z), z
+
+
+class Maxout(Gate):
+    """y = max over the pieces p of x W_p^T + b_p: the lecture's max(w1^T x + b1, w2^T x + b2).
+
+    Args (of apply):
+        x: [..., in_features].
+        weight: [pieces, out_features, in_features].
+        bias: [pieces, out_features], or None.
+
+    Returns (y, index), both [..., out_features]: index is the piece that won, as uint8. The winner
+    receives the gradient, the first one where several are equal, as in torch.max(dim).
+
+    Example:
+        >>> weight = torch.tensor([[[1.0]], [[-1.0]]])  # max(x, -x) = |x|
+        >>> y, index = Maxout.apply(torch.tensor([[3.0], [-2.0]]), weight)
+        >>> y.flatten(), index.flatten()
+        (tensor([3., 2.]), tensor([0, 1], dtype=torch.uint8))
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if weight.dim() != 3 or not 1 <= weight.shape[0] <= 256:
+            Maxout.check(x, weight, bias)
+        flat_bias = None if bias is None else bias.flatten()
+        z, _ = _linear(x, weight.flatten(0, 1), flat_bias, *ACTIVATIONS["none"].arguments)
+        return _max_pieces(z.unflatten(-1, weight.shape[:2]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        _, index = output
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        save(ctx, x, weight, index)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if grad_y is None:
+            return None, None, None
+        x, weight, index = ctx.saved_tensors
+        pieces = weight.shape[0]
+        if fast_backward(grad_y):
+            grad_z = _max_pieces_backward(grad_y, index, pieces)
+        else:
+            grad_z = torch.where(won(index, pieces), grad_y.unsqueeze(-2), 0)
+        grad_x, grad_weight, grad_bias = affine_gradients(
+            grad_z.reshape(*x.shape[:-1], -1),
+            x,
+            weight.reshape(-1, weight.shape[2]),
+            ctx.needs_input_grad,
+        )
+        return (
+            grad_x,
+            None if grad_weight is None else grad_weight.view(weight.shape),
+            None if grad_bias is None else grad_bias.view(weight.shape[:2]),
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
+    ) -> tuple[Tensor, None]:
+        x, weight, index = ctx.saved_tensors
+        z_t = weight.new_zeros(*x.shape[:-1], weight.shape[:2].numel())
+        if x_t is not None:
+            z_t = z_t + torch.matmul(x_t, weight.reshape(-1, weight.shape[2]).mT)
+        if weight_t is not None:
+            z_t = z_t + torch.matmul(x, weight_t.reshape(-1, weight.shape[2]).mT)
+        z_t = z_t.view(*x.shape[:-1], *weight.shape[:2])
+        if bias_t is not None:
+            z_t = z_t + bias_t
+        return torch.where(won(index, weight.shape[0]), z_t, 0).sum(-2), None
+
+    @staticmethod
+    def check(x: Any, weight: Any, bias: Any = None) -> None:
+        check.floating("maxout", "x", x)
+        check.like("maxout", "weight", weight, "x", x)
+        check.shape("maxout", "weight", weight, ("pieces", "out_features", "in_features"))
+        if not 1 <= weight.shape[0] <= 256:
+            raise ValueError(f"maxout: weight wants 1 to 256 pieces, got {weight.shape[0]}")
+        if x.dim() == 0 or x.shape[-1] != weight.shape[2]:
+            raise ValueError(
+                f"maxout: x wants shape (..., {weight.shape[2]}) for weight of shape "
+                f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+            )
+        if bias is not None:
+            check.like("maxout", "bias", bias, "x", x)
+            check.shape("maxout", "bias", bias, tuple(weight.shape[:2]))
+
+    @staticmethod
+    def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z = torch.einsum("...i,poi->...po", x, weight)
+        y, index = (z if bias is None else z + bias).max(-2)
+        return y, index.to(torch.uint8)
+
+
+def won(index: Tensor, pieces: int) -> Tensor:
+    """[..., pieces, out]: whether the piece won."""
+    return index.unsqueeze(-2) == torch.arange(pieces, device=index.device).unsqueeze(-1)

@@ -1,0 +1,203 @@
+"""SoftmaxCE: softmax and cross-entropy as one gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import check
+from .gate import Gate, fast_backward, raw, save
+
+__all__ = ["REDUCTIONS", "SoftmaxCE"]
+
+_forward, _backward = raw("softmax_ce"), raw("softmax_ce_backward")
+
+#: Reduction -> the number that the raw operations take.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def weighted_target(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> Tensor:
+    """w q [N, C]: the target distribution, smoothed, times the class weights; 0 on ignored rows."""
+    classes = input.shape[1]
+    if target.dtype == torch.int64:
+        kept = (target != ignore_index).unsqueeze(1)
+        row = torch.where(kept, target.unsqueeze(1), 0)
+        q = torch.arange(classes, device=target.device) == row
+        q = kept * ((1 - smoothing) * q.to(input.dtype) + smoothing / classes)
+    else:
+        q = (1 - smoothing) * target + smoothing / classes
+    return q if weight is None else q * weight
+
+
+class SoftmaxCE(Gate):
+    """The softmax classifier's loss, L_i = -log P(y_i) with P = softmax of the logits.
+
+    Args (of apply):
+        input: [N, C] logits ("scores").
+        target: [N] class indices (int64), or [N, C] class probabilities (dtype of input).
+        weight: [C] a factor for each class, or None.
+        ignore_index: rows whose class index is this count nothing.
+        reduction: "mean", "sum" or "none". The mean of class indices divides by the weights of
+            their classes, that of probabilities by N.
+        label_smoothing: s in [0, 1]: the target becomes (1 - s) q + s / C.
+
+    Returns (loss, lse, total): loss is one number, or [N] for reduction "none"; lse [N] is the
+    log-sum-exp of each row, all that backward needs beside the inputs (never an N x C copy); total
+    is what a mean was divided by. lse and total are float32 unless input is float64.
+
+    With p = softmax(input): L_i = sum_c w_c q_c (lse_i - input_c), and
+    dL_i/dinput_c = p_c sum_k w_k q_k - w_c q_c, which is p - onehot(y_i) in the plain case.
+
+    Example:
+        >>> scores = torch.tensor([[3.2, 5.1, -1.7]])
+        >>> loss, lse, _ = SoftmaxCE.apply(scores, torch.tensor([0]))
+        >>> f"{loss.item():.2f}"  # the lecture: -log(0.13) = 2.04
+        '2.04'
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(input, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, weight, *ctx.options = inputs
+        _, lse, total = output
+        if weight is not None and weight.requires_grad:
+            raise ValueError("cross_entropy: weight has no gradient; got one that requires grad")
+        ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)
+        save(ctx, input, target, weight, lse, total)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        input, target, weight, lse, total = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        need_input, need_target, *_ = ctx.needs_input_grad
+        if grad_loss is not None and grad_lse is None and fast_backward(grad_loss):
+            grads = _backward(
+                grad_loss, input, target, weight, lse, total, ignore_index, REDUCTIONS[reduction],
+                smoothing, need_input, need_target,
+            )  # fmt: skip
+            return grads[0] if need_input else None, grads[1] if need_target else None, *[None] * 4
+
+        # The same from operations that can be differentiated again: lse is an output of this
+        # Function, so that the dependence of p on the input is on record.
+        grad_input = grad_target = None
+        p = torch.exp(input - lse.unsqueeze(1).to(input.dtype))
+        if grad_loss is not None:
+            row = grad_loss if reduction == "none" else grad_loss / total.to(input.dtype)
+            row = row.expand(input.shape[0]).unsqueeze(1)
+            q = weighted_target(input, target, weight, ignore_index, smoothing)
+            if need_input:
+                grad_input = row * (p * q.sum(1, keepdim=True) - q)
+            if need_target:
+                log_p = input - lse.unsqueeze(1).to(input.dtype)
+                grad_target = row * -(1 - smoothing) * (log_p if weight is None else log_p * weight)
+        if grad_lse is not None and need_input:
+            of_lse = grad_lse.unsqueeze(1).to(input.dtype) * p
+            grad_input = of_lse if grad_input is None else grad_input + of_lse
+        return grad_input, grad_target, *[None] * 4
+
+    @staticmethod
+    def jvp(
+        ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor, None]:
+        input, target, weight, lse, total = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        log_p = input - lse.unsqueeze(1).to(input.dtype)
+        p = torch.exp(log_p)
+        rows, lse_t = torch.zeros_like(p[:, 0]), torch.zeros_like(lse)
+        if input_t is not None:
+            q = weighted_target(input, target, weight, ignore_index, smoothing)
+            rows = rows + (input_t * (p * q.sum(1, keepdim=True) - q)).sum(1)
+            lse_t = lse_t + (input_t * p).sum(1).to(lse.dtype)
+        if target_t is not None:
+            rows = rows - (1 - smoothing) * (
+                target_t * (log_p if weight is None else log_p * weight)
+            ).sum(1)
+        if reduction == "none":
+            return rows, lse_t, None
+        return rows.sum() / total.to(input.dtype), lse_t, None
+
+    @staticmethod
+    def check(
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        ignore_index: Any = -100,
+        reduction: Any = "mean",
+        label_smoothing: Any = 0.0,
+    ) -> None:
+        op = "cross_entropy"
+        check.floating(op, "input", input)
+        check.shape(op, "input", input, ("N", "C"))
+        n, classes = input.shape
+        check.tensor(op, "target", target)
+        check.device(op, "target", target, "input", input)
+        check.integer(op, "ignore_index", ignore_index)
+        check.choice(op, "reduction", reduction, tuple(REDUCTIONS))
+        if not 0 <= check.number(op, "label_smoothing", label_smoothing) <= 1:
+            raise ValueError(f"{op}: label_smoothing wants 0 to 1, got {label_smoothing}")
+        if weight is not None:
+            check.like(op, "weight", weight, "input", input)
+            check.shape(op, "weight", weight, (classes,))
+            if weight.requires_grad:
+                raise ValueError(f"{op}: weight has no gradient; got one that requires grad")
+        if target.dtype == torch.int64:
+            check.shape(op, "target", target, (n,))
+            check_classes(target, classes, ignore_index)
+        elif target.is_floating_point():
+            check.like(op, "target", target, "input", input)
+            check.shape(op, "target", target, (n, classes))
+        else:
+            raise TypeError(
+                f"{op}: target wants class indices (int64) or class probabilities "
+                f"({str(input.dtype).removeprefix('torch.')}), "
+                f"got {str(target.dtype).removeprefix('torch.')}"
+            )
+
+    @staticmethod
+    def formula(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss = torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
+        return loss, torch.logsumexp(input, 1), torch.ones_like(loss)
+
+
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for a class index out of range.
+
+    Only where the values can be read: not on fake or meta tensors, nor inside torch.func.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if target.is_meta or type(target) is not Tensor:
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise IndexError(
+            f"cross_entropy: target wants class indices from 0 to {classes - 1} "
+            f"(or ignore_index {ignore_index}), got {int(target[i])} at position {i}"
+        )

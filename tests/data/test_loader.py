@@ -1,0 +1,274 @@
+"""torchbp.data.loader: batches against arithmetic on pixels, epochs against (seed, epoch)."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from torchbp.data import BatchLoader
+from torchbp.data.loader import channel_statistics
+
+N, C, H, W = 23, 3, 8, 6
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (N, C, H, W), dtype=torch.uint8, generator=generator)
+    return SimpleNamespace(images=images, targets=torch.arange(N))  # a target names its image
+
+
+def epoch_of(loader: BatchLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    x, target = zip(*loader, strict=True)
+    return torch.cat(x), torch.cat(target)
+
+
+def reference(loader: BatchLoader, image: torch.Tensor) -> torch.Tensor:
+    """An image [C, H, W], normalised pixel by pixel in float64."""
+    out = torch.empty(image.shape, dtype=torch.float64)
+    for c in range(len(image)):
+        out[c] = (image[c].double() / 255 - loader.mean[c]) / loader.std[c]
+    return out
+
+
+@pytest.mark.parametrize(
+    # The widths of a rounding, and of the cancellation in image * scale + offset: values up to 2.
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-14),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 2**-8),
+        (torch.float16, 2**-10),
+    ],
+)
+@pytest.mark.parametrize("flatten", [True, False])
+def test_normalises(data: Any, dtype: torch.dtype, tolerance: float, flatten: bool) -> None:
+    loader = BatchLoader(data, batch_size=4, dtype=dtype, flatten=flatten)
+    x, target = epoch_of(loader)
+    assert (x.dtype, target.dtype) == (dtype, torch.int64)
+    assert x.shape == ((N, C * H * W) if flatten else (N, C, H, W))
+    for row, i in zip(x.view(N, C, H, W), target.tolist(), strict=True):
+        want = reference(loader, data.images[i])
+        assert (row.double() - want).abs().max() <= tolerance * 2
+
+
+def test_statistics_are_those_of_the_images(data: Any) -> None:
+    loader = BatchLoader(data)
+    pixels = data.images.double().transpose(0, 1).flatten(1) / 255
+    assert loader.mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
+    assert loader.std == pytest.approx(pixels.std(1, unbiased=False).tolist(), rel=1e-12)
+    x, _ = epoch_of(BatchLoader(data, dtype=torch.float64, flatten=False))
+    assert x.mean((0, 2, 3)).abs().max() < 1e-12
+    assert (x.var((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-12
+    assert channel_statistics(torch.full((2, 1, 2, 2), 51, dtype=torch.uint8)) == ((0.2,), (1.0,))
+
+
+def test_statistics_can_be_handed_on(data: Any) -> None:
+    train = BatchLoader(data)
+    other = SimpleNamespace(images=255 - data.images, targets=data.targets)
+    test = BatchLoader(other, shuffle=False, mean=train.mean, std=torch.tensor(train.std))
+    assert test.mean == train.mean
+    assert test.std == pytest.approx(train.std, rel=1e-7)
+    half = BatchLoader(data, mean=(0.5, 0.5, 0.5))
+    assert (half.mean, half.std) == ((0.5, 0.5, 0.5), train.std)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last"),
+    [(5, False), (5, True), (23, False), (23, True), (40, False), (40, True)],
+)
+def test_batches(data: Any, batch_size: int, drop_last: bool) -> None:
+    loader = BatchLoader(data, batch_size=batch_size, drop_last=drop_last)
+    sizes = [len(target) for _, target in loader]
+    full, rest = divmod(N, batch_size)
+    assert sizes == [batch_size] * full + ([rest] if rest and not drop_last else [])
+    assert len(loader) == len(sizes)
+
+
+def test_an_epoch_shows_every_image_once(data: Any) -> None:
+    loader = BatchLoader(data, batch_size=5)
+    for _ in range(3):
+        assert sorted(epoch_of(loader)[1].tolist()) == list(range(N))
+    assert epoch_of(BatchLoader(data, shuffle=False))[1].tolist() == list(range(N))
+
+
+AUGMENTED: dict[str, Any] = {"flip": True, "shift": 2}
+
+
+def test_epochs_differ_and_follow_from_seed_and_epoch(data: Any) -> None:
+    loader = BatchLoader(data, batch_size=5, seed=1, **AUGMENTED)
+    epochs = []
+    for e in range(3):
+        assert loader.epoch == e
+        epochs.append(epoch_of(loader))
+    orders = {tuple(target.tolist()) for _, target in epochs}
+    assert len(orders) == 3
+    for e in (2, 0, 1):
+        # Another loader, another batch size, another state of the global generator.
+        torch.manual_seed(e)
+        again = BatchLoader(data, batch_size=7, seed=1, **AUGMENTED)
+        again.set_epoch(e)
+        x, target = epoch_of(again)
+        assert torch.equal(x, epochs[e][0])
+        assert torch.equal(target, epochs[e][1])
+    other, _ = epoch_of(BatchLoader(data, seed=2, **AUGMENTED))
+    assert not torch.equal(other, epochs[0][0])
+
+
+def test_epoch_counts_when_an_iteration_begins(data: Any) -> None:
+    loader = BatchLoader(data, batch_size=5)
+    first = iter(loader)
+    assert loader.epoch == 1
+    second = iter(loader)
+    assert loader.epoch == 2
+    a, b = (torch.cat([target for _, target in it]) for it in (first, second))
+    assert not torch.equal(a, b)
+
+
+def test_state(data: Any) -> None:
+    loader = BatchLoader(data, seed=5, **AUGMENTED)
+    for _ in range(4):
+        iter(loader)
+    state = loader.state_dict()
+    assert state == {"seed": 5, "epoch": 4}
+    resumed = BatchLoader(data, **AUGMENTED)
+    resumed.load_state_dict(state)
+    assert torch.equal(epoch_of(resumed)[0], epoch_of(loader)[0])
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([], TypeError, "state must be a dict, got list"),
+        ({"epoch": 1}, ValueError, r"state must have keys epoch and seed, got \['epoch'\]"),
+        ({"epoch": -1, "seed": 0}, ValueError, "epoch must be at least 0, got -1"),
+        ({"epoch": 1, "seed": 0.5}, TypeError, "seed must be an integer, got float"),
+    ],
+)
+def test_bad_state(data: Any, state: Any, error: type[Exception], message: str) -> None:
+    loader = BatchLoader(data)
+    with pytest.raises(error, match=f"BatchLoader: {message}"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == {"seed": 0, "epoch": 0}
+
+
+def moved(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
+    """Pixel by pixel: mirror, move, fill with zeros."""
+    out = torch.zeros_like(image)
+    for y in range(H):
+        for x in range(W):
+            from_y, from_x = y - down, x - right
+            if 0 <= from_y < H and 0 <= from_x < W:
+                out[:, y, x] = image[:, from_y, W - 1 - from_x if mirrored else from_x]
+    return out
+
+
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 2), (True, 1), (True, 6)])
+def test_augmentation_is_a_flip_and_a_shift(data: Any, flip: bool, shift: int) -> None:
+    loader = BatchLoader(data, flip=flip, shift=shift, flatten=False, dtype=torch.float64)
+    steps = range(-shift, shift + 1)
+    moves = [(m, d, r) for m in ([False, True] if flip else [False]) for d in steps for r in steps]
+    seen = []
+    for _ in range(2):
+        for x, i in zip(*epoch_of(loader), strict=True):
+            plain = reference(loader, data.images[i])
+            fits = [move for move in moves if torch.allclose(moved(plain, *move), x, atol=1e-12)]
+            assert fits  # it is one of them: one alone unless it has left the image
+            seen.append(fits[0])
+    assert len(set(seen)) >= min(len(moves), 15)  # and not always the same
+
+
+def test_augmentation_is_even(data: Any) -> None:
+    n = 5000
+    image = torch.zeros(1, 1, 7, 7, dtype=torch.uint8)
+    image[0, 0, 3, 2] = 255  # mirrored: column 4
+    many = SimpleNamespace(images=image.expand(n, 1, 7, 7), targets=torch.zeros(n).long())
+    loader = BatchLoader(many, flip=True, shift=1, mean=[0.0], std=[1.0])
+    counts = epoch_of(loader)[0].sum(0).view(7, 7)
+    column = torch.tensor([0, 1, 1, 2, 1, 1, 0]) / 6  # two places, each moved by -1, 0, 1
+    row = torch.tensor([0, 0, 1, 1, 1, 0, 0]) / 3
+    share = row[:, None] * column
+    sigma = (n * share * (1 - share)).sqrt()
+    assert ((counts - n * share).abs() <= 5 * sigma).all()
+
+
+def test_the_data_set_is_not_changed(data: Any) -> None:
+    images, targets = data.images.clone(), data.targets.clone()
+    for x, target in BatchLoader(data, shuffle=False, batch_size=N, **AUGMENTED):
+        x.zero_()
+        target.zero_()
+    assert torch.equal(data.images, images)
+    assert torch.equal(data.targets, targets)
+
+
+def test_repr(data: Any) -> None:
+    assert repr(BatchLoader(data, 5)) == "BatchLoader(23 images, 5 batches of 5, epoch=0)"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device(data: Any) -> None:
+    loader, twin = (BatchLoader(data, device=d, **AUGMENTED) for d in ("cuda", "cpu"))
+    (x, target), (want, same) = next(iter(loader)), next(iter(twin))
+    assert x.device.type == target.device.type == "cuda"
+    assert torch.equal(target.cpu(), same)
+    assert torch.allclose(x.cpu(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 8.0}, TypeError, "batch_size must be an integer, got float"),
+        ({"shuffle": None}, TypeError, "shuffle must be True or False, got NoneType"),
+        ({"flip": 1}, TypeError, "flip must be True or False, got int"),
+        ({"drop_last": "no"}, TypeError, "drop_last must be True or False, got str"),
+        ({"flatten": 0}, TypeError, "flatten must be True or False, got int"),
+        ({"shift": -1}, ValueError, r"shift must be in \[0, 6\], got -1"),
+        ({"shift": 7}, ValueError, r"shift must be in \[0, 6\], got 7"),
+        ({"shift": True}, TypeError, "shift must be an integer, got bool"),
+        ({"seed": -3}, ValueError, "seed must be at least 0, got -3"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got str"),
+        ({"dtype": torch.uint8}, ValueError, "dtype must be a floating dtype, got torch.uint8"),
+        ({"device": 0}, TypeError, "device must be a device, got int"),
+        ({"mean": 0.5}, TypeError, "mean must be 3 numbers, got float"),
+        ({"mean": ["a"] * 3}, TypeError, "mean must be 3 numbers, got list"),
+        ({"mean": [0.5, 0.5]}, ValueError, r"mean must be 3 finite numbers, got \[0.5, 0.5\]"),
+        ({"mean": [0.5, 0.5, math.nan]}, ValueError, "mean must be 3 finite numbers"),
+        ({"std": [0.5, 0.5, 0]}, ValueError, r"std must be positive, got \[0.5, 0.5, 0.0\]"),
+        ({"dataset": [1]}, TypeError, "dataset must have the tensors images and targets, got list"),
+    ],
+)
+def test_bad_arguments(
+    data: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"BatchLoader: {message}"):
+        BatchLoader(**{"dataset": data, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "message"),
+    [
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.zeros(2).long(),
+            r"uint8 \[N, C, H, W\], got torch.float32",
+        ),
+        (
+            torch.zeros(2, 48).byte(),
+            torch.zeros(2).long(),
+            r"uint8 \[N, C, H, W\], got .*\[2, 48\]",
+        ),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), r"int64 \[2\], got .*\[3\]"),
+        (torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2), r"int64 \[2\], got torch.float32"),
+        (torch.zeros(0, 3, 4, 4).byte(), torch.zeros(0).long(), r"images is empty"),
+    ],
+)
+def test_bad_datasets(images: torch.Tensor, targets: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchLoader(SimpleNamespace(images=images, targets=targets))

@@ -34,13 +34,17 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
                   static_cast<int>(t.scalar_type()));
 }
 
+inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& first) {
+  STD_TORCH_CHECK(t.device() == first.device(), "torchbp::", op, ": ", argument,
+                  " is on another device than the first argument");
+}
+
 // Same dtype and device as the first argument.
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& first) {
   STD_TORCH_CHECK(t.scalar_type() == first.scalar_type(), "torchbp::", op, ": ", argument,
                   " has another dtype than the first argument: ScalarType ", static_cast<int>(t.scalar_type()), " and ",
                   static_cast<int>(first.scalar_type()));
-  STD_TORCH_CHECK(t.device() == first.device(), "torchbp::", op, ": ", argument,
-                  " is on another device than the first argument");
+  check_device(op, argument, t, first);
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {

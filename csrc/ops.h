@@ -270,6 +270,7 @@ inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, 
 
 // A tensor's leading dimensions as one.
 inline Tensor matrix(const Tensor& t) {
+  if (t.dim() == 2) return t;
   const int64_t columns = t.size(t.dim() - 1);
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
@@ -277,6 +278,7 @@ inline Tensor matrix(const Tensor& t) {
 }
 
 inline Tensor like_rows_of(const Tensor& x, const Tensor& rows) {
+  if (x.dim() == 2) return rows;
   auto shape = sizes_of(x);
   shape.back() = rows.size(1);
   return torch::stable::reshape(rows, shape);
@@ -402,7 +404,7 @@ inline SoftmaxCE describe_softmax_ce(const char* op, const Tensor& input, const 
   ce.input = input.const_data_ptr();
   ce.ignore_index = ignore_index;
   ce.label_smoothing = label_smoothing;
-  STD_TORCH_CHECK(target.device() == input.device(), "torchbp::", op, ": target is on another device than input");
+  check_device(op, "target", target, input);
   if (target.scalar_type() == ScalarType::Long) {
     check_shape(op, "target", target, {ce.n});
     ce.target = static_cast<const int64_t*>(target.const_data_ptr());
@@ -464,6 +466,8 @@ std::tuple<Tensor, Tensor> softmax_ce_backward(const Tensor& dloss, const Tensor
   check_like(op, "dloss", dloss, input);
   check_shape(op, "dloss", dloss, reduction == Reduction::none ? std::vector<int64_t>{ce.n} : std::vector<int64_t>{});
   check_shape(op, "lse", lse, {ce.n});
+  check_device(op, "lse", lse, input);
+  check_device(op, "total", total, input);
   STD_TORCH_CHECK(lse.scalar_type() == compute_dtype(ce.dtype) && total.scalar_type() == compute_dtype(ce.dtype) &&
                       lse.is_contiguous() && total.numel() == 1,
                   "torchbp::", op, ": lse and total want what softmax_ce returned");
@@ -510,6 +514,7 @@ template <class Backend>
 Tensor max_pieces_backward(const Tensor& dy_, const Tensor& index_, int64_t pieces) {
   check_floating("max_pieces_backward", "dy", dy_);
   check_shape("max_pieces_backward", "index", index_, sizes_of(dy_));
+  check_device("max_pieces_backward", "index", index_, dy_);
   STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Byte && dy_.dim() >= 1,
                   "torchbp::max_pieces_backward: index wants what max_pieces returned");
   const Tensor dy = dense(dy_), index = dense(index_);

@@ -43,7 +43,8 @@ struct Row {
         i(i),
         target(a.target ? a.target[i] : -1),
         keep(static_cast<C>(1 - a.label_smoothing)),
-        smooth_each(static_cast<C>(a.label_smoothing / static_cast<double>(a.classes))) {}
+        smooth_each(a.label_smoothing == 0 ? C(0)
+                                           : static_cast<C>(a.label_smoothing / static_cast<double>(a.classes))) {}
 
   TORCHBP_INLINE bool ignored() const { return a.target && target == a.ignore_index; }
   TORCHBP_INLINE bool in_range() const { return !a.target || (target >= 0 && target < a.classes); }

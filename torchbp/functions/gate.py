@@ -2,7 +2,7 @@
 
 A Function of torchbp has `forward`, `setup_context`, `backward` and `jvp`; this module gives it
 
-* `Gate`, its base class: a cheap `apply`, clear errors, a `jvp` that torch.compile can live with;
+* `Gate`, its base class: a cheap `apply`, clear errors, a `jvp` that torch.compile does not see;
 * `raw`, which calls an operation of `torch.ops.torchbp` from inside a Function;
 * `backward_of`, the Function that a unary row's gradient column is, differentiable again;
 * `TwoInputs`, the gradients of a two-input row, each in the shape of its input;
@@ -30,8 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
-_is_compiling = torch.compiler.is_compiling  # something compiles
-_is_traced = torch.compiler.is_dynamo_compiling  # this very line is being traced
+_is_traced = torch.compiler.is_dynamo_compiling
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
 
@@ -119,19 +118,6 @@ def _jvp_of(backward: Callable[..., Any]) -> Callable[..., Tensor]:
     return jvp
 
 
-class _Jvp:
-    """A `jvp` that is not there while torch.compile traces: it refuses Functions that have one.
-
-    `call` keeps a compiled program from needing it.
-    """
-
-    def __init__(self, jvp: Callable[..., Any]) -> None:
-        self.jvp = jvp
-
-    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        return Function.jvp if _is_compiling() else self.jvp
-
-
 class Gate(Function):
     """Base class of every Function of torchbp.
 
@@ -154,6 +140,7 @@ class Gate(Function):
     formula: ClassVar[Callable[..., Any]]
     _defaults: tuple[Any, ...] = ()
     _inputs = 0
+    _twin: type[Gate]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -163,8 +150,6 @@ class Gate(Function):
             cls.check = staticmethod(_check_of(ROWS[row]))
             if len(ROWS[row].inputs) == 1:
                 cls.jvp = staticmethod(_jvp_of(cls.backward))  # type: ignore[method-assign]
-        if "jvp" in cls.__dict__:
-            cls.jvp = _Jvp(cls.jvp)  # type: ignore[assignment, method-assign]
         if "forward" in cls.__dict__:
             parameters = [
                 parameter
@@ -173,6 +158,13 @@ class Gate(Function):
             ]
             cls._inputs = len(parameters)
             cls._defaults = tuple(p.default for p in parameters if p.default is not p.empty)
+        # torch.compile traces the class itself, whatever its apply does, and refuses one that has a
+        # jvp. So jvp moves to a twin, which apply uses.
+        if "jvp" in cls.__dict__:
+            jvp = cls.jvp
+            del cls.jvp
+            cls._twin = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
+            cls._twin.jvp = staticmethod(jvp)  # type: ignore[method-assign]
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
@@ -183,12 +175,12 @@ class Gate(Function):
         """
         try:
             if kwargs or _functorch_active():
-                return super().apply(*args, **kwargs)
+                return super(Gate, cls._twin).apply(*args, **kwargs)
             missing = cls._inputs - len(args)
             if missing > 0:
                 args += cls._defaults[len(cls._defaults) - missing :]
             if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-                return super(Function, cls).apply(*args)  # type: ignore[misc]
+                return super(Function, cls._twin).apply(*args)  # type: ignore[misc]
             return cls.forward(*args)
         except (RuntimeError, TypeError, IndexError):
             if not kwargs:

@@ -1,0 +1,79 @@
+// What every CUDA source shares: launching a kernel on the right device and stream, and picking it by dtype.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "../dtype.h"
+#include "../kernels.h"
+
+namespace torchbp::cuda {
+
+// Blocks of `threads` threads for `items` pieces of work. A grid ends at 2^31 - 1 blocks; kernels step through the rest.
+inline unsigned blocks_for(int64_t items, int64_t threads) {
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  return static_cast<unsigned>(std::clamp<int64_t>((items + threads - 1) / threads, 1, most));
+}
+
+// The launches of one operation: makes `device` current while it lives, and raises, naming the operation, what CUDA
+// reports.
+class Launch {
+public:
+  Launch(const char* op, int32_t device) : op_(op), guard_(nullptr, aoti_torch_delete_cuda_guard) {
+    CUDAGuardHandle guard = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+    guard_.reset(guard);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class... Parameters>
+  void operator()(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                  std::type_identity_t<Parameters>... arguments) const {
+    kernel<<<blocks, threads, 0, stream_>>>(arguments...);
+    check(cudaGetLastError());
+  }
+
+  void check(cudaError_t error) const {
+    STD_TORCH_CHECK(error == cudaSuccess, "torchbp::", op_, ": CUDA error: ", cudaGetErrorString(error));
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+private:
+  const char* op_;
+  std::unique_ptr<CUDAGuardOpaque, decltype(&aoti_torch_delete_cuda_guard)> guard_;
+  cudaStream_t stream_;
+};
+
+// Calls f with a value of the C++ type of a dtype. ops.h has refused every other dtype before.
+template <class F>
+void with_type(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      return f(Half());
+  }
+}
+
+// This thread's place among all threads of the launch, and their number.
+__device__ __forceinline__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ __forceinline__ int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+}  // namespace torchbp::cuda

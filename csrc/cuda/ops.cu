@@ -1,0 +1,6 @@
+// The operations of ops.h on CUDA: torchbp/_cuda.so registers them when it is loaded.
+#include "../ops.h"
+
+#include "backend.h"
+
+STABLE_TORCH_LIBRARY_IMPL(torchbp, CUDA, m) { torchbp::register_operations<torchbp::Cuda>(m); }

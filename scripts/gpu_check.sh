@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Checks torchbp on the GPU at hand: builds the extension for it and runs the tests marked gpu.
+# Needs torch 2.11+ with CUDA, nvcc, a C++20 compiler, ninja, pybind11 and pytest; installs nothing
+# and needs no network. PYTHON= picks the interpreter; arguments go to pytest. The summary comes last.
+#
+#     scripts/gpu_check.sh [-k relu]
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-$(command -v python3 || command -v python)}
+export PATH="$(dirname "$python"):$PATH"  # where a virtual environment keeps ninja
+mkdir -p build
+log=build/gpu_check.log
+summary=()
+
+finish() {
+    echo
+    echo "== torchbp on the GPU: $1"
+    printf '   %s\n' "${summary[@]}"
+    [ "$1" = passed ]
+    exit
+}
+
+if ! machine=$("$python" - 2>"$log" <<'PYTHON'
+import platform
+import sys
+
+import pybind11, pytest, setuptools, torch  # noqa: E401, F401
+
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} finds no CUDA device")
+major, minor = torch.cuda.get_device_capability()
+print(f"{torch.cuda.get_device_name()} (sm_{major}{minor}), torch {torch.__version__}, "
+      f"Python {platform.python_version()}")
+PYTHON
+); then
+    summary+=("$(tail -n 1 "$log")")
+    finish "not run"
+fi
+summary+=("$machine")
+
+echo "Building for the GPU at hand"
+started=$SECONDS
+if ! TORCHBP_CUDA=1 "$python" setup.py build_ext --inplace >"$log" 2>&1; then
+    tail -n 60 "$log"
+    summary+=("the build failed; all it printed: $log")
+    finish failed
+fi
+summary+=("built in $((SECONDS - started)) s")
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -m pytest -m gpu -p no:cacheprovider "$@" 2>&1 | tee "$log"
+status=${PIPESTATUS[0]}
+summary+=("$(tail -n 1 "$log" | tr -d '=' | sed 's/^ *//; s/ *$//')")
+case $status in
+    0) grep -q ' passed' <<<"${summary[-1]}" && finish passed || finish failed ;;
+    5) summary+=("no test is marked gpu") && finish failed ;;
+    *) finish failed ;;
+esac

@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.parameter import UninitializedParameter
 
 from . import nn
+from .nn.twin import CONTAINERS, TWINS, twin
 
 __all__ = ["convert"]
-
-
-def _linear(module: Any) -> torch.nn.Module:
-    twin = nn.Linear(1, 1, module.bias is not None, device="meta")
-    twin.in_features, twin.out_features = module.in_features, module.out_features
-    twin.weight, twin.bias = module.weight, module.bias
-    return twin
-
-
-def _cross_entropy(module: Any) -> torch.nn.Module:
-    return nn.CrossEntropyLoss(
-        module.weight,
-        ignore_index=module.ignore_index,
-        reduction=module.reduction,
-        label_smoothing=module.label_smoothing,
-    )
-
-
-#: Exactly these classes: a subclass may have another forward.
-_TWINS: dict[type[torch.nn.Module], Callable[[Any], torch.nn.Module]] = {
-    torch.nn.Linear: _linear,
-    torch.nn.ReLU: lambda module: nn.ReLU(),
-    torch.nn.LeakyReLU: lambda module: nn.LeakyReLU(module.negative_slope),
-    torch.nn.ELU: lambda module: nn.ELU(module.alpha),
-    torch.nn.Sigmoid: lambda module: nn.Sigmoid(),
-    torch.nn.Tanh: lambda module: nn.Tanh(),
-    torch.nn.CrossEntropyLoss: _cross_entropy,
-}
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)  # fmt: skip
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def _is_parametrized(module: torch.nn.Module) -> bool:
-    return torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def convert(module: torch.nn.Module, *, verbose: bool = True) -> torch.nn.Module:
     """The same model with its torch.nn layers and losses replaced by torchbp's, weights shared.
 
     Linear, ReLU, LeakyReLU, ELU, Sigmoid, Tanh and CrossEntropyLoss are replaced, wherever they
-    are; a torch.nn.Sequential of just Linear and one kind of activation becomes an `nn.MLP`. The
-    original is not changed, and both use the same parameters: training one trains the other.
-    Everything else is shared as it is, and named in a warning when it is a layer with parameters,
-    or one of the classes above that could not be replaced (it has hooks or is parametrised).
+    are; a torch.nn.Sequential of just Linear and one kind of activation (and Dropout) becomes an
+    `nn.MLP`. The original is not changed, and both use the same parameters and buffers: training
+    one trains the other, and an optimizer of one is right for both. Move a model to its device and
+    dtype before: that replaces the buffers of the one that is moved.
+
+    Attributes, lists, dicts, bound methods and partials that refer to a layer refer to the new one.
+    References kept elsewhere (in a closure or an object of another class) are not found: there the
+    original layer runs, on the same weights.
+
+    A warning names what was left alone: layers with parameters that have no twin, layers of the
+    classes above that have hooks or are parametrised, modules whose `forward` was replaced (as
+    torch.compile does: convert first), and ScriptModules, which are shared as they are.
 
     Args:
         module: any module.
@@ -73,6 +46,7 @@ def convert(module: torch.nn.Module, *, verbose: bool = True) -> torch.nn.Module
 
     Raises:
         TypeError: not a torch.nn.Module.
+        ValueError: a lazy layer that was never run.
 
     Example:
         >>> from torch import nn
@@ -83,55 +57,83 @@ def convert(module: torch.nn.Module, *, verbose: bool = True) -> torch.nn.Module
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"convert: module wants a torch.nn.Module, got {type(module).__name__}")
+    new: dict[int, torch.nn.Module] = {}
     left: list[str] = []
-    result = _convert(module, "", {}, left)
+    result = _convert(module, "", new, left)
+    for converted in new.values():
+        _redirect(converted, new)
     if left and verbose:
         warnings.warn("convert left alone: " + "; ".join(left), stacklevel=2)
     return result
 
 
 def _convert(
-    module: torch.nn.Module, path: str, seen: dict[int, torch.nn.Module], left: list[str]
+    module: torch.nn.Module, path: str, new: dict[int, torch.nn.Module], left: list[str]
 ) -> torch.nn.Module:
-    if id(module) in seen:  # a module used in two places stays one module
-        return seen[id(module)]
-    result = _replace(module, path, left)
-    if result is None:
-        result = copy.copy(module)
-        seen[id(module)] = result
-        result._modules = {
-            name: child
-            if child is None
-            else _convert(child, f"{path}.{name}" if path else name, seen, left)
-            for name, child in module._modules.items()
-        }
-        result._parameters = module._parameters.copy()
-        result._buffers = module._buffers.copy()
-    seen[id(module)] = result
+    """The converted module; `new` maps the ids of originals to theirs."""
+    if id(module) in new:  # a module used in two places stays one module
+        return new[id(module)]
+    where = f"{path or 'the module itself'} ({type(module).__name__})"
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        raise ValueError(f"convert: {where} has no shapes yet; run the model once before")
+    reason = _why_not(module)
+    if reason:
+        left.append(f"{where}: {reason}")
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    result = twin(module, type(module) if reason else TWINS.get(type(module), type(module)))
+    for name, child in module._modules.items():
+        if child is not None:
+            result._modules[name] = _convert(child, f"{path}.{name}" if path else name, new, left)
+    if type(result) is torch.nn.Sequential and not reason and nn.MLP.fits(result):
+        result = twin(result, nn.MLP)
+    new[id(module)] = result
     return result
 
 
-def _replace(module: torch.nn.Module, path: str, left: list[str]) -> torch.nn.Module | None:
-    """The twin of one module, or None where it has none (its children may)."""
-    where = f"{path or 'the module itself'} ({type(module).__name__})"
-    if type(module) is torch.nn.Sequential and not _has_hooks(module):
-        plain = not any(_has_hooks(child) or _is_parametrized(child) for child in module)
-        linears = [child for child in module if type(child) is torch.nn.Linear]
-        if plain and len(linears) > 1 and len(set(map(id, module))) == len(module):
-            try:
-                return nn.MLP.from_sequential(module)
-            except ValueError:
-                return None
-        return None
-    make = _TWINS.get(type(module))
-    if make is None:
-        own = next(module.parameters(recurse=False), None) is not None
-        known = type(module).__module__.startswith("torchbp")
-        if own and not known:
-            left.append(f"{where}: no twin")
-        return None
-    if _has_hooks(module) or _is_parametrized(module):
-        left.append(f"{where}: has hooks or is parametrised")
-        return None
-    twin = make(module)
-    return twin.train(module.training)
+def _why_not(module: torch.nn.Module) -> str:
+    """Why a module that seems to be for convert is left alone, or "" for all others."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a ScriptModule"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "is parametrised"
+    own_forward = vars(module).get("forward")
+    if type(module) in TWINS:
+        hooked = any(vars(module)[name] for name in CONTAINERS if name.endswith("_hooks"))
+        return "has hooks or a forward of its own" if hooked or own_forward else ""
+    if own_forward and not isinstance(own_forward, MethodType | partial):
+        return "has a forward of its own"
+    known = type(module).__module__.startswith(("torchbp.", "torch.nn.utils.parametrize"))
+    has_parameters = any(parameter is not None for parameter in module._parameters.values())
+    return "no twin" if has_parameters and not known else ""
+
+
+def _redirect(module: torch.nn.Module, new: dict[int, torch.nn.Module]) -> None:
+    """Let a converted module's attributes and hooks refer to converted modules."""
+    for name, value in vars(module).items():
+        if name not in ("_modules", "_parameters", "_buffers"):
+            vars(module)[name] = _redirected(value, new)
+
+
+def _redirected(value: Any, new: dict[int, torch.nn.Module]) -> Any:
+    """`value` with each original module in it replaced; itself where there is none."""
+    if isinstance(value, torch.nn.Module):
+        return new.get(id(value), value)
+    kind = type(value)
+    parts: Collection[Any]
+    build: Callable[[list[Any]], Any]
+    if kind in (list, tuple):
+        parts, build = value, kind
+    elif kind in (dict, OrderedDict):
+        parts, build = value.values(), lambda fresh: kind(zip(value, fresh, strict=True))
+    elif kind is MethodType:
+        parts, build = [value.__self__], lambda fresh: MethodType(value.__func__, *fresh)
+    elif kind is partial:
+        parts = [value.func, value.args, value.keywords]
+        build = lambda fresh: partial(fresh[0], *fresh[1], **fresh[2])  # noqa: E731
+    elif kind is _WrappedHook and value.with_module:
+        parts, build = [value.module()], lambda fresh: _WrappedHook(value.hook, *fresh)
+    else:
+        return value
+    fresh = [_redirected(part, new) for part in parts]
+    return value if all(map(operator.is_, fresh, parts)) else build(fresh)

@@ -6,7 +6,7 @@ RuntimeError), and before one that is being compiled. So a call that is right pa
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def tensor(op: str, argument: str, value: Any) -> None:
     """Raise TypeError unless `value` is a tensor, ValueError unless it is a strided one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} wants a torch.Tensor, got {_name(value)}")
+    if value.is_nested:
+        raise ValueError(f"{op}: {argument} wants a dense tensor, got a nested one")
     if value.layout is not torch.strided:
         raise ValueError(f"{op}: {argument} wants a dense tensor, got layout {value.layout}")
 
@@ -81,13 +83,13 @@ def shape(op: str, argument: str, value: Tensor, wanted: tuple[int | str, ...]) 
 
 def broadcastable(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
     """Raise ValueError unless the shapes of the two broadcast."""
-    try:
-        torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError:
+    # Not torch.broadcast_shapes: its RuntimeError cannot be caught in what torch.compile traces.
+    ends = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    if not all(m == n or m == 1 or n == 1 for m, n in ends):
         raise ValueError(
             f"{op}: {first} and {second} want shapes that broadcast, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
-        ) from None
+        )
 
 
 def number(op: str, argument: str, value: Any) -> float:
@@ -95,14 +97,19 @@ def number(op: str, argument: str, value: Any) -> float:
     if type(value) is float:
         return value
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(
+                f"{op}: {argument} wants a number within float64, got {value}"
+            ) from None
     hint = ": a gradient for it needs multiply or add" if isinstance(value, Tensor) else ""
     raise TypeError(f"{op}: {argument} wants a number, got {_name(value)}{hint}")
 
 
 def integer(op: str, argument: str, value: Any) -> None:
     """Raise TypeError unless `value` is an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {argument} wants an int, got {_name(value)}")
 
 

@@ -46,6 +46,8 @@ class Linear(torch.nn.Linear):
         torch.Size([2, 4])
     """
 
+    activation: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -100,6 +102,8 @@ class Maxout(torch.nn.Module):
             ("in_features", in_features), ("out_features", out_features), ("pieces", pieces)
         ):  # fmt: skip
             check_size("Maxout", argument, value)
+        if pieces > 256:
+            raise ValueError(f"Maxout: pieces wants at most 256, got {pieces}")
         self.in_features, self.out_features, self.pieces = in_features, out_features, pieces
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = torch.nn.Parameter(torch.empty(pieces, out_features, in_features, **kind))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
 from ..functions import check
 from ..functions.products import ACTIVATIONS
+from ..functions.table import ROWS
 from .activations import ELU, LeakyReLU, ReLU, Sigmoid, Tanh
 from .linear import Linear, check_size
+from .twin import TWINS, twin
 
 __all__ = ["MLP"]
 
@@ -20,14 +24,18 @@ _MODULES: dict[str, type[torch.nn.Module]] = {
     "relu": ReLU, "leaky_relu": LeakyReLU, "elu": ELU, "sigmoid": Sigmoid, "tanh": Tanh,
 }  # fmt: skip
 
+#: Class of an activation, torchbp's or torch.nn's -> its name.
+_NAMES = {kind: name for name, own in _MODULES.items() for kind in (own, own.__mro__[1])}
+
 
 class MLP(torch.nn.Sequential):
     """A multi-layer perceptron: linear layers with an activation (and dropout) between them.
 
     It is the Sequential of its layers, with the same initialisation and state_dict keys
-    (`0.weight`, `0.bias`, `2.weight`, ...) as the torch.nn.Sequential it stands for, and runs them
-    as one
-    operation while no dropout is active and no layer has hooks.
+    (`0.weight`, `0.bias`, `2.weight`, ...) as the torch.nn.Sequential it stands for. It runs them
+    as one operation wherever that gives the same result, else one after the other: while dropout is
+    active, layers have hooks, or the layers were changed to something that is no MLP any more.
+    `model[:-1]` is a torch.nn.Sequential of the same layers.
 
     Args:
         sizes: [in_features, hidden..., out_features].
@@ -55,6 +63,8 @@ class MLP(torch.nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(sizes, Iterable):
+            raise TypeError(f"MLP: sizes wants a list of int, got {type(sizes).__name__}")
         sizes = list(sizes)
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes wants [in_features, ..., out_features], got {sizes}")
@@ -71,17 +81,17 @@ class MLP(torch.nn.Sequential):
                 if dropout:
                     modules.append(torch.nn.Dropout(dropout))
         super().__init__(*modules)
-        self.activation = activation
-        self.dropout = dropout
 
     @classmethod
     def from_sequential(cls, sequential: torch.nn.Sequential) -> MLP:
         """An MLP that shares the parameters of a Sequential of Linear, activation (and Dropout).
 
+        It keeps the names of the layers, their hooks, and whether each is in training mode.
+
         Args:
-            sequential: Linear layers of torch.nn or torchbp.nn, all with or all without a bias, one
-                kind of activation (with default parameters) after each but the last, and either no
-                Dropout or the same after each activation.
+            sequential: Linear layers of torch.nn or torchbp.nn, all with or all without a bias,
+                with one kind of activation (with default parameters) between them; Dropout may
+                stand anywhere.
 
         Raises:
             TypeError: not a Sequential.
@@ -89,93 +99,107 @@ class MLP(torch.nn.Sequential):
 
         Example:
             >>> from torch import nn
-            >>> twin = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-            >>> model = MLP.from_sequential(twin)
-            >>> model[0].weight is twin[0].weight
+            >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+            >>> fast = MLP.from_sequential(model)
+            >>> fast[0].weight is model[0].weight
             True
         """
         if not isinstance(sequential, torch.nn.Sequential):
             raise TypeError(
                 f"MLP.from_sequential wants a torch.nn.Sequential, got {type(sequential).__name__}"
             )
-        linears, activation, dropout = _parse(sequential)
-        sizes = [linears[0].in_features, *(linear.out_features for linear in linears)]
-        model = cls(sizes, activation, linears[0].bias is not None, dropout, device="meta")
-        own = (module for module in model if isinstance(module, Linear))
-        for mine, theirs in zip(own, linears, strict=True):
-            mine.weight, mine.bias = theirs.weight, theirs.bias
-        return model.train(sequential.training)
+        misfit = _Plan(list(sequential)).misfit
+        if misfit is not None:
+            i, wants = misfit
+            got = sequential[i] if i < len(sequential) else "the end"
+            raise ValueError(f"MLP.from_sequential wants {wants} at position {i}, got {got}")
+        model = twin(sequential, cls)
+        for name, layer in sequential._modules.items():
+            model._modules[name] = twin(layer, TWINS.get(type(layer), type(layer)))
+        return model
+
+    @staticmethod
+    def fits(sequential: torch.nn.Sequential) -> bool:
+        """Whether `from_sequential` takes it, and gains by it: there is more than one Linear."""
+        plan = _Plan(list(sequential))
+        return plan.misfit is None and len(plan.weights) > 1
+
+    def __getitem__(self, idx: slice | int) -> Any:
+        if isinstance(idx, slice):
+            return twin(self, torch.nn.Sequential)[idx]
+        return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        if (self.dropout and self.training) or any(_hooked(module) for module in self):
+        layers = list(self._modules.values())
+        plan = _Plan(layers)
+        if plan.misfit or _has_any_global_hook() or any(map(_has_more_to_do, layers)):
             return super().forward(input)
-        linears = [module for module in self if isinstance(module, Linear)]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        return functional.mlp(input, [linear.weight for linear in linears], biases, self.activation)
+        return functional.mlp(input, plan.weights, plan.biases, plan.activation)
 
 
-def _hooked(module: torch.nn.Module) -> bool:
+def _has_more_to_do(layer: torch.nn.Module) -> bool:
+    """Whether calling a layer does more than the formula of its class."""
+    own = vars(layer)
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or (own["training"] and isinstance(layer, torch.nn.Dropout) and layer.p)
+        or "forward" in own
     )
 
 
-def _activation_name(module: torch.nn.Module) -> str | None:
-    """The name of an activation module with default parameters, or None."""
-    for name, kind in _MODULES.items():
-        twin = kind.__mro__[1]  # the torch.nn class
-        if type(module) in (kind, twin):
-            parameter = tuple(
-                getattr(module, attribute)
-                for attribute in ("negative_slope", "alpha")
-                if hasattr(module, attribute)
-            )
-            return name if parameter == ACTIVATIONS[name].parameter else None
-    return None
+class _Plan:
+    """What functional.mlp takes, from the layers of a Sequential.
 
+    Attributes:
+        weights, biases: of the linear layers; biases is empty where they have none.
+        activation: the name of the activation between them.
+        misfit: position of the first layer that is in the way and what is wanted there, or None.
+    """
 
-def _parse(sequential: Iterable[torch.nn.Module]) -> tuple[list[torch.nn.Linear], str, float]:
-    """(linear layers, activation, dropout) of a Sequential that an MLP can stand for."""
-    linears: list[torch.nn.Linear] = []
-    activations: set[str] = set()
-    dropouts: list[float] = []
-    modules = list(sequential)
+    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.activation = ""
+        self.misfit: tuple[int, str] | None = None
+        after_linear = False
+        for position, layer in enumerate(layers):
+            kind = type(layer)
+            if kind is torch.nn.Dropout:  # the identity, or active: _has_more_to_do
+                continue
+            if kind is Linear or kind is torch.nn.Linear:
+                wants = "an activation" if after_linear else self._add_linear(layer)
+            else:
+                wants = self._add_activation(layer) if after_linear else "a Linear"
+            if wants:
+                self.misfit = position, wants
+                return
+            after_linear = not after_linear
+        if not after_linear:
+            self.misfit = len(layers), "a Linear"
+        self.activation = self.activation or "relu"
 
-    def refuse(i: int, wants: str) -> ValueError:
-        return ValueError(f"MLP.from_sequential wants {wants} at position {i}, got {modules[i]}")
+    def _add_linear(self, layer: Any) -> str:
+        if getattr(layer, "activation", None) is not None:
+            return "a Linear without an activation"
+        self.weights.append(layer.weight)
+        bias = layer.bias
+        if bias is not None:
+            self.biases.append(bias)
+        if self.biases and len(self.biases) != len(self.weights):
+            return "a Linear with a bias if and only if the first has one,"
+        return ""
 
-    i = 0
-    while i < len(modules):
-        module = modules[i]
-        if type(module) not in (torch.nn.Linear, Linear) or getattr(module, "activation", None):
-            raise refuse(i, "a Linear")
-        assert isinstance(module, torch.nn.Linear)
-        if linears and (module.bias is None) != (linears[0].bias is None):
-            raise refuse(i, "a Linear with a bias if and only if the first has one,")
-        if linears and module.in_features != linears[-1].out_features:
-            raise refuse(i, f"a Linear of {linears[-1].out_features} in_features")
-        linears.append(module)
-        i += 1
-        if i == len(modules):
-            break
-        name = _activation_name(modules[i])
-        if name is None or (activations and name not in activations):
-            raise refuse(i, "the one activation of the network, with default parameters,")
-        activations.add(name)
-        i += 1
-        if i < len(modules) and type(modules[i]) is torch.nn.Dropout:
-            dropouts.append(modules[i].p)  # type: ignore[arg-type]
-            i += 1
-        if i == len(modules):
-            raise refuse(i - 1, "a Linear last, not what stands")
-    if not linears:
-        raise ValueError("MLP.from_sequential wants at least one Linear, got an empty Sequential")
-    if dropouts and (len(set(dropouts)) > 1 or len(dropouts) != len(linears) - 1):
-        raise ValueError(
-            "MLP.from_sequential wants no Dropout or the same after every activation, "
-            f"got p = {dropouts} after {len(linears) - 1} activations"
-        )
-    return linears, next(iter(activations), "relu"), dropouts[0] if dropouts else 0.0
+    def _add_activation(self, layer: torch.nn.Module) -> str:
+        name = _NAMES.get(type(layer), "")
+        parameter = ROWS[name].parameter if name else None
+        if (
+            not name
+            or name != (self.activation or name)
+            or (parameter and getattr(layer, parameter) != ACTIVATIONS[name].parameter[0])
+        ):
+            return "the one activation of the network, with default parameters,"
+        self.activation = name
+        return ""

@@ -63,13 +63,14 @@ struct Loop {
   int64_t strides[kMaxOperands][kMaxDims];
 };
 
-// Softmax cross-entropy over the rows of a contiguous n x classes matrix. Either target or probabilities is set.
+// Softmax cross-entropy over the rows of a contiguous n x classes matrix.
 // "Compute dtype" is float64 for float64 and float32 for every other.
 struct SoftmaxCE {
   ScalarType dtype;
   int32_t device = -1;
   int64_t n = 0, classes = 0;
   const void* input = nullptr;          // [n, classes]
+  bool soft = false;                    // whether the target is class probabilities, not class indices
   const int64_t* target = nullptr;      // [n] class indices
   const void* probabilities = nullptr;  // [n, classes]
   const void* weight = nullptr;         // [classes], or null for all ones

@@ -147,7 +147,8 @@ TORCHBP_INLINE T expm1(T x) {
   typename R::Int k;
   const T r = reduce(where(x < minus_one, minus_one, where(x > R::most, R::most, x)), k);
   const T half = power_of_two<T>(k - 1);
-  return 2 * (expm1_series(r) * half + (half - T(0.5)));
+  const T y = 2 * (expm1_series(r) * half + (half - T(0.5)));
+  return x == 0 ? x : y;  // -0 stays -0
 }
 
 // tanh(|x|) = t / (t + 2) with t = expm1(2 |x|), which divides the relative error of t by at least 1 + t / 2; then the

@@ -411,6 +411,7 @@ inline SoftmaxCE describe_softmax_ce(const char* op, const Tensor& input, const 
   } else {
     check_like(op, "target", target, input);
     check_shape(op, "target", target, {ce.n, ce.classes});
+    ce.soft = true;
     ce.probabilities = target.const_data_ptr();
   }
   if (weight) {
@@ -455,7 +456,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_ce(const Tensor& input_, const Tensor
 // Returns (dinput, dtarget), empty where not asked for; dtarget only for class probabilities.
 template <class Backend>
 std::tuple<Tensor, Tensor> softmax_ce_backward(const Tensor& dloss, const Tensor& input_, const Tensor& target_,
-                                               std::optional<Tensor> weight_, const Tensor& lse, const Tensor& total,
+                                               std::optional<Tensor> weight_, const Tensor& lse_, const Tensor& total,
                                                int64_t ignore_index, int64_t reduction_, double label_smoothing,
                                                bool need_input, bool need_target) {
   const char* op = "softmax_ce_backward";
@@ -465,13 +466,14 @@ std::tuple<Tensor, Tensor> softmax_ce_backward(const Tensor& dloss, const Tensor
   SoftmaxCE ce = describe_softmax_ce(op, input, target, weight, ignore_index, label_smoothing);
   check_like(op, "dloss", dloss, input);
   check_shape(op, "dloss", dloss, reduction == Reduction::none ? std::vector<int64_t>{ce.n} : std::vector<int64_t>{});
+  const Tensor lse = dense(lse_);
   check_shape(op, "lse", lse, {ce.n});
   check_device(op, "lse", lse, input);
   check_device(op, "total", total, input);
   STD_TORCH_CHECK(lse.scalar_type() == compute_dtype(ce.dtype) && total.scalar_type() == compute_dtype(ce.dtype) &&
-                      lse.is_contiguous() && total.numel() == 1,
+                      total.numel() == 1,
                   "torchbp::", op, ": lse and total want what softmax_ce returned");
-  STD_TORCH_CHECK(!(need_target && ce.target), "torchbp::", op, ": class indices have no gradient");
+  STD_TORCH_CHECK(!(need_target && !ce.soft), "torchbp::", op, ": class indices have no gradient");
   const Tensor dinput = need_input ? empty({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
   const Tensor dtarget = need_target ? empty({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
   ce.lse = lse.mutable_data_ptr();

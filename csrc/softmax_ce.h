@@ -38,31 +38,32 @@ struct Row {
   TORCHBP_INLINE Row(const SoftmaxCE& a, int64_t i)
       : a(a),
         x(static_cast<const T*>(a.input) + i * a.classes),
-        q(a.probabilities ? static_cast<const T*>(a.probabilities) + i * a.classes : nullptr),
+        q(static_cast<const T*>(a.probabilities) + i * a.classes),
         weight(static_cast<const T*>(a.weight)),
         i(i),
-        target(a.target ? a.target[i] : -1),
+        target(a.soft ? -1 : a.target[i]),
         keep(static_cast<C>(1 - a.label_smoothing)),
         smooth_each(a.label_smoothing == 0 ? C(0)
                                            : static_cast<C>(a.label_smoothing / static_cast<double>(a.classes))) {}
 
-  TORCHBP_INLINE bool ignored() const { return a.target && target == a.ignore_index; }
-  TORCHBP_INLINE bool in_range() const { return !a.target || (target >= 0 && target < a.classes); }
+  TORCHBP_INLINE bool ignored() const { return !a.soft && target == a.ignore_index; }
+  TORCHBP_INLINE bool in_range() const { return a.soft || (target >= 0 && target < a.classes); }
   // Whether q has a part besides the one-hot one.
-  TORCHBP_INLINE bool has_soft() const { return q || a.label_smoothing != 0; }
+  TORCHBP_INLINE bool has_soft() const { return a.soft || a.label_smoothing != 0; }
   TORCHBP_INLINE C w(int64_t c) const { return weight ? load(weight[c]) : C(1); }
-  TORCHBP_INLINE C soft(int64_t c) const { return q ? keep * load(q[c]) + smooth_each : smooth_each; }
+  TORCHBP_INLINE C soft(int64_t c) const { return a.soft ? keep * load(q[c]) + smooth_each : smooth_each; }
 
   // What a row that is neither ignored nor out of range loses and counts. All threads of the group call this.
   template <class Group>
   TORCHBP_INLINE void loss(const Group& group, C lse, C& loss, C& count) const {
     loss = 0;
-    count = 1;
+    count = a.classes > 0 ? 1 : 0;  // a mean over no classes is 0 / 0, as in PyTorch
     if (has_soft()) {
-      for (int64_t c = group.rank; c < a.classes; c += group.size) loss += w(c) * soft(c) * (lse - load(x[c]));
-      loss = group.sum(loss);
+      double sum = 0;  // float32 would lose digits over many classes
+      for (int64_t c = group.rank; c < a.classes; c += group.size) sum += w(c) * soft(c) * (lse - load(x[c]));
+      loss = static_cast<C>(group.sum(sum));
     }
-    if (!q) {
+    if (!a.soft) {
       count = w(target);
       loss += keep * count * (lse - load(x[target]));
     }
@@ -78,10 +79,10 @@ struct Row {
       if (ignored() || !in_range()) {
         for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
       } else if (has_soft()) {
-        const C onehot = q ? C(0) : keep * w(target);
-        C mass = 0;
-        for (int64_t c = group.rank; c < a.classes; c += group.size) mass += w(c) * soft(c);
-        mass = group.sum(mass) + onehot;
+        const C onehot = a.soft ? C(0) : keep * w(target);
+        double sum = 0;
+        for (int64_t c = group.rank; c < a.classes; c += group.size) sum += w(c) * soft(c);
+        const C mass = static_cast<C>(group.sum(sum)) + onehot;
         for (int64_t c = group.rank; c < a.classes; c += group.size)
           store(dx + c, g * (exp(load(x[c]) - lse) * mass - w(c) * soft(c) - (c == target ? onehot : C(0))));
       } else {

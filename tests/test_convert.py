@@ -424,7 +424,6 @@ def test_what_cannot_be_found_still_runs_on_the_same_weights() -> None:
     assert_same_function(fast, model, torch.randn(2, 4, dtype=torch.float64))
 
 
-@pytest.mark.xfail(reason="compiled, the backward of linear gets a gradient for the empty z")
 def test_compiled_after_converting() -> None:
     model = nn.Sequential(sequential(), nn.Sigmoid(), nn.Linear(4, 2)).double().eval()
     fast = torch.compile(convert(model), fullgraph=True, backend="aot_eager")

@@ -415,36 +415,31 @@ def maxout(x: Tensor, weight: Tensor) -> Tensor:
 
 
 CE, TCE = F.cross_entropy, TF.cross_entropy
-CORNERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any], str]] = {
-    "no rows, mean": (CE, TCE, [zeros(0, 3), index()], ""),
-    "no rows of probabilities": (CE, TCE, [zeros(0, 3), zeros(0, 3)], ""),
-    "all ignored": (CE, TCE, [zeros(2, 3), index(-100, -100)], ""),
-    "one class": (CE, TCE, [zeros(2, 1), index(0, 0)], ""),
-    "no pixels": (CE, TCE, [zeros(2, 3, 0), zeros(2, 0, dtype=torch.int64)], ""),
-    "no classes, all ignored": (CE, TCE, [zeros(2, 0), index(-100, -100)], ""),
+CORNERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any]]] = {
+    "no rows, mean": (CE, TCE, [zeros(0, 3), index()]),
+    "no rows of probabilities": (CE, TCE, [zeros(0, 3), zeros(0, 3)]),
+    "all ignored": (CE, TCE, [zeros(2, 3), index(-100, -100)]),
+    "one class": (CE, TCE, [zeros(2, 1), index(0, 0)]),
+    "no pixels": (CE, TCE, [zeros(2, 3, 0), zeros(2, 0, dtype=torch.int64)]),
+    "no classes, all ignored": (CE, TCE, [zeros(2, 0), index(-100, -100)]),
     "no classes, image": (
-        CE, TCE, [zeros(2, 0, 3), zeros(2, 0, 3)], "RuntimeError from reshape(-1, 0)"),
-    "no features": (F.linear, TF.linear, [zeros(2, 0), zeros(4, 0), torch.ones(4)], ""),
-    "no outputs": (F.linear, TF.linear, [zeros(2, 3), zeros(0, 3), zeros(0)], ""),
-    "16 dimensions": (F.add, torch.add, [zeros(*[1, 2] * 8), zeros(*[2, 1] * 8)], ""),
-    "large broadcast": (F.multiply, torch.mul, [torch.ones(1).expand(3, 10**6), torch.rand(3, 1)], ""),
-    "negative bit": (F.multiply, torch.mul, [torch.complex(torch.rand(3), torch.rand(3)).conj().imag, torch.rand(3)], ""),
-    "negative bit of a row": (F.linear, TF.linear, [torch.complex(torch.rand(2, 3), torch.rand(2, 3)).conj().imag] * 2, ""),
-    "parameters": (F.linear, TF.linear, [torch.rand(2, 3), torch.nn.Parameter(torch.rand(4, 3))], ""),
-    "the same twice": (F.multiply, torch.mul, [x := torch.rand(3), x], ""),
-    "maxout of no rows": (F.maxout, maxout, [zeros(0, 3), torch.ones(2, 4, 3)],
-                          "RuntimeError in backward, from reshape(..., -1) of no elements"),
-    "maxout of no columns": (F.maxout, maxout, [zeros(2, 3), torch.ones(2, 0, 3)],
-                             "RuntimeError in backward, from reshape(-1, 0)"),
+        CE, TCE, [zeros(2, 0, 3), zeros(2, 0, 3)]),
+    "no features": (F.linear, TF.linear, [zeros(2, 0), zeros(4, 0), torch.ones(4)]),
+    "no outputs": (F.linear, TF.linear, [zeros(2, 3), zeros(0, 3), zeros(0)]),
+    "16 dimensions": (F.add, torch.add, [zeros(*[1, 2] * 8), zeros(*[2, 1] * 8)]),
+    "large broadcast": (F.multiply, torch.mul, [torch.ones(1).expand(3, 10**6), torch.rand(3, 1)]),
+    "negative bit": (F.multiply, torch.mul, [torch.complex(torch.rand(3), torch.rand(3)).conj().imag, torch.rand(3)]),
+    "negative bit of a row": (F.linear, TF.linear, [torch.complex(torch.rand(2, 3), torch.rand(2, 3)).conj().imag] * 2),
+    "parameters": (F.linear, TF.linear, [torch.rand(2, 3), torch.nn.Parameter(torch.rand(4, 3))]),
+    "the same twice": (F.multiply, torch.mul, [x := torch.rand(3), x]),
+    "maxout of no rows": (F.maxout, maxout, [zeros(0, 3), torch.ones(2, 4, 3)]),
+    "maxout of no columns": (F.maxout, maxout, [zeros(2, 3), torch.ones(2, 0, 3)]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "inputs"),
-    [
-        pytest.param(*row, id=name, marks=[pytest.mark.xfail(reason=known)] if known else [])
-        for name, (*row, known) in CORNERS.items()
-    ],
+    [pytest.param(*row, id=name) for name, row in CORNERS.items()],
 )
 def test_corners(
     ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: list[Any]
@@ -457,14 +452,12 @@ def test_corners(
         check(ours, theirs, [t.clone() for t in inputs], False)
 
 
-@pytest.mark.xfail(reason="a segmentation fault: a null pointer to no elements is read as indices")
 def test_no_classes_of_probabilities() -> None:
     """In a process of its own, as it may end it."""
     code = "import torch, torchbp; torchbp.functional.cross_entropy(torch.zeros(2, 0), torch.zeros(2, 0))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.xfail(reason="probabilities with an ignore_index are taken, and it is not looked at")
 def test_ignore_index_of_probabilities() -> None:
     input, target = torch.rand(2, 3), torch.rand(2, 3)
     with pytest.raises(RuntimeError, match="ignore_index"):
@@ -473,7 +466,6 @@ def test_ignore_index_of_probabilities() -> None:
         CE(input, target, ignore_index=1)
 
 
-@pytest.mark.xfail(reason="torch.matmul takes integers")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_matmul_of_other_dtypes(dtype: torch.dtype) -> None:
     for shape in ((2, 2), (0, 2, 2)):

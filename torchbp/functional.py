@@ -8,7 +8,7 @@ and float16 tensors; half types compute in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,10 @@ __all__ = [
 
 def _autocast_dtype(value: Any) -> torch.dtype | None:
     """The dtype that autocast wants products in, or None where autocast is off."""
-    if isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type):
-        return torch.get_autocast_dtype(value.device.type)
-    return None
+    if not isinstance(value, Tensor) or value.is_meta:  # meta knows no autocast
+        return None
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -216,6 +217,13 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
         x, w = _cast(x, dtype), _cast(w, dtype)
     row = isinstance(x, Tensor) and x.dim() == 1
     column = isinstance(w, Tensor) and w.dim() == 1
+    if (row or column) and isinstance(x, Tensor) and isinstance(w, Tensor):
+        size = w.shape[-1 if column else -2] if w.dim() else None
+        if x.dim() == 0 or x.shape[-1] != size:
+            raise ValueError(
+                "matmul: x and w want shapes (..., N, D) and (..., D, M), "
+                f"got {tuple(x.shape)} and {tuple(w.shape)}"
+            )
     y = call(functions.MatMul, x.unsqueeze(0) if row else x, w.unsqueeze(1) if column else w)
     y = y.squeeze(-1) if column else y
     return y.squeeze(-1 if column else -2) if row else y
@@ -321,10 +329,8 @@ def cross_entropy(
     if input.dim() == 1:
         rows, target = input.unsqueeze(0), target.unsqueeze(0)
     elif input.dim() > 2:
-        rows = input.movedim(1, -1).reshape(-1, shape[1])
-        target = (
-            target.movedim(1, -1).reshape(-1, shape[1]) if probabilities else target.reshape(-1)
-        )
+        rows = input.movedim(1, -1).flatten(0, -2)
+        target = target.movedim(1, -1).flatten(0, -2) if probabilities else target.flatten()
     loss, _, _ = call(
         functions.SoftmaxCE, rows, target, weight, ignore_index, reduction, label_smoothing
     )
@@ -385,6 +391,8 @@ def l2_penalty(tensors: Tensor | Sequence[Tensor]) -> Tensor:
     """
     if isinstance(tensors, Tensor):
         tensors = [tensors]
-    if not isinstance(tensors, Sequence):
-        tensors = list(tensors)
+    if not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"l2_penalty: tensors wants a list of torch.Tensor, got {type(tensors).__name__}"
+        )
     return call(functions.L2Penalty, *tensors)

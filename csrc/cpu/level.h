@@ -65,6 +65,24 @@ void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
 
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
+// sum of exp(x - shift) over the classes: sixteen running sums that make vectors, emptied into a float64 every so often
+// so that many classes lose no digits.
+template <class T>
+Compute<T> sum_of_exp(const T* x, int64_t classes, Compute<T> shift) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = 16, block = 64 * lanes;
+  double sum = 0;
+  for (int64_t begin = 0; begin < classes; begin += block) {
+    const int64_t end = std::min(classes, begin + block), whole = begin + (end - begin) / lanes * lanes;
+    C sums[lanes] = {};
+    for (int64_t c = begin; c < whole; c += lanes)
+      for (int64_t k = 0; k < lanes; ++k) sums[k] += exp(load(x[c + k]) - shift);
+    for (int64_t c = whole; c < end; ++c) sums[0] += exp(load(x[c]) - shift);
+    for (const C s : sums) sum += s;
+  }
+  return static_cast<C>(sum);
+}
+
 template <class T>
 void softmax_ce_forward_rows(const SoftmaxCE& a, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -75,9 +93,7 @@ void softmax_ce_forward_rows(const SoftmaxCE& a, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < a.classes; ++c) most = load(x[c]) > most ? load(x[c]) : most;
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     const C shift = most == -std::numeric_limits<C>::infinity() ? C(0) : most;
-    C sum = 0;
-    for (int64_t c = 0; c < a.classes; ++c) sum += exp(load(x[c]) - shift);
-    const C lse = shift + std::log(sum);
+    const C lse = shift + std::log(sum_of_exp(x, a.classes, shift));
     C loss = 0, count = 0;
     if (!row.ignored() && row.in_range()) row.loss(OneThread(), lse, loss, count);
     if (!row.ignored() && !row.in_range()) __atomic_store_n(a.bad_row, i, __ATOMIC_RELAXED);  // any one of them will do

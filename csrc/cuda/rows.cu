@@ -235,7 +235,7 @@ void Cuda::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* lo
   const Launch launch("softmax_ce", ce.device);
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   launch.check(cudaStreamIsCapturing(launch.stream(), &capturing));
-  const bool check_targets = ce.target && ce.n > 0 && capturing == cudaStreamCaptureStatusNone;
+  const bool check_targets = !ce.soft && ce.n > 0 && capturing == cudaStreamCaptureStatusNone;
 
   // The smallest bad row, or what it started as: every byte 0x7F, more than any row.
   constexpr int byte = 0x7F;

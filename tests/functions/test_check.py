@@ -22,28 +22,9 @@ import torchbp.functional as F
 from tests.compare import assert_same
 from torchbp import functions
 from torchbp.functions import check
+from torchbp.functions.products import ACTIVATIONS
 
 INT = torch.int64
-
-
-#: What does not hold yet: a regular expression for rows -> the reason.
-KNOWN = {
-    r"(?!matmul).*-meta$": "the fake kernels, which run where a meta tensor is, compare no devices",
-    r"matmul-.*-meta$": "torch.matmul's own fake kernel lets it pass",
-    r"matmul-.*-(list|number|None)$": "AttributeError",
-    r"matmul-.*-sparse$": "torch.matmul takes it",
-    r"matmul-[xw]-shape \(4,\)": "the message has the shapes after unsqueeze",
-    r"maxout-(weight|bias)-(list|number|None)$": "AttributeError",
-    r"maxout-bias-shape": "the bias is flattened, and so accepted in any shape",
-    r"mlp-biases\[\d\]-": "the message says bias, not biases; None is no TypeError",
-    r"mlp-(x|weights\[\d\])-shape": "the message says weight, not weights",
-    r"l2_penalty-tensors-(1.0|None)": "Python's TypeError, that it is not iterable",
-    r"(linear|mlp)-activation-('|1|<)": "KeyError",
-    r"cross_entropy-reduction-": "KeyError",
-    r"cross_entropy-label_smoothing-(bool|tensor|1.5|-0.1|nan)": "not looked at where nothing fails",
-    r"cross_entropy-ignore_index-True": "not looked at where nothing fails",
-    r"cross_entropy-ignore_index-1180": "OverflowError",
-}
 
 
 def ones(*shape: int) -> Tensor:
@@ -242,7 +223,7 @@ OF_SHAPES = [
     bad("l2_penalty", "tensors", None, TypeError, "tensors wants a list of torch.Tensor, got NoneType", apply=False),
 ]  # fmt: skip
 
-NAMES = "one of 'none', 'relu', 'leaky_relu', 'elu', 'sigmoid', 'tanh'"
+NAMES = "one of " + ", ".join(map(repr, ACTIVATIONS))
 OF_NAMES = [
     *(
         row
@@ -306,11 +287,7 @@ def raises(row: Bad, call: Callable[[], Any]) -> None:
 
 
 def each(rows: list[Bad]) -> Any:
-    def param(row: Bad) -> Any:
-        reasons = [reason for pattern, reason in KNOWN.items() if re.match(pattern, str(row))]
-        return pytest.param(row, marks=[pytest.mark.xfail(reason=r, strict=True) for r in reasons])
-
-    return pytest.mark.parametrize("row", [param(row) for row in rows], ids=list(map(str, rows)))
+    return pytest.mark.parametrize("row", rows, ids=list(map(str, rows)))
 
 
 @each(ROWS)

@@ -81,10 +81,10 @@ def shape(op: str, argument: str, value: Tensor, wanted: tuple[int | str, ...]) 
         raise ValueError(f"{op}: {argument} wants shape ({text}), got {tuple(value.shape)}")
 
 
-def broadcastable(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Raise ValueError unless the shapes of the two broadcast."""
+def broadcastable(op: str, first: str, a: Tensor, second: str, b: Tensor, last: int = 0) -> None:
+    """Raise ValueError unless the shapes of the two broadcast, but for their `last` dimensions."""
     # Not torch.broadcast_shapes: its RuntimeError cannot be caught in what torch.compile traces.
-    ends = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    ends = list(zip(reversed(a.shape), reversed(b.shape), strict=False))[last:]
     if not all(m == n or m == 1 or n == 1 for m, n in ends):
         raise ValueError(
             f"{op}: {first} and {second} want shapes that broadcast, "

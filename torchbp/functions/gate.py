@@ -25,12 +25,13 @@ from . import check
 from .table import ROWS, Row
 
 __all__ = [
-    "BACKWARD", "GATES", "Gate", "TwoInputs", "backward_of", "below", "call", "fast_backward",
-    "raw", "save", "sum_to",
+    "BACKWARD", "GATES", "Gate", "TwoInputs", "auxiliary", "backward_of", "below", "call",
+    "fast_backward", "is_traced", "raw", "save", "sum_to", "unused",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
-_is_traced = torch.compiler.is_dynamo_compiling
+is_traced = torch.compiler.is_dynamo_compiling
+_JVP = torch._C._functorch.TransformType.Jvp
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
 
@@ -50,7 +51,7 @@ def below(op: Callable[..., Any]) -> Callable[..., Any]:
     """`op` as a Function calls it: past autograd and autocast, straight to the kernel."""
 
     def run(*args: Any) -> Any:
-        if _is_traced():  # the tracer has no use for the guard
+        if is_traced():  # the tracer has no use for the guard
             return op(*args)
         with _Exclude(_SETTLED):
             return op(*args)
@@ -69,12 +70,40 @@ def fast_backward(grad: Tensor) -> bool:
     Batching shows as a functorch transform, or (`is_grads_batched=True`) as a batched gradient.
     What torch.compile traces is never differentiated twice.
     """
-    return _is_traced() or not (
+    return is_traced() or not (
         torch.is_grad_enabled()
         or _functorch_active()
         or forward_ad._current_level >= 0
         or _is_batched(grad)
     )
+
+
+def auxiliary(ctx: Any, *outputs: Tensor, constant: tuple[Tensor, ...] = ()) -> None:
+    """Say which outputs are there for backward; only a second derivative goes through them.
+
+    torch.compile has none, and would fill in zeros for the gradients of those that nobody used.
+
+    Args:
+        ctx: the context of a Function.
+        outputs: those that a second derivative goes through.
+        constant: those that have no gradient at all.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*constant, *(outputs if is_traced() else ()))
+
+
+def unused(*grads: Tensor | None) -> bool:
+    """Whether the gradients of auxiliary outputs are missing, as they are without a second one."""
+    return is_traced() or all(grad is None for grad in grads)
+
+
+def _forward_over_forward() -> bool:
+    """Whether forward mode is nested, as in jacfwd of jacfwd.
+
+    There PyTorch loses what plain operations in a custom `jvp` do (torch 2.11 to 2.15).
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _JVP for level in stack) > 1
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -175,6 +204,8 @@ class Gate(Function):
         """
         try:
             if kwargs or _functorch_active():
+                if not kwargs and _forward_over_forward():
+                    return cls.formula(*args)
                 return super(Gate, cls._twin).apply(*args, **kwargs)
             missing = cls._inputs - len(args)
             if missing > 0:
@@ -182,7 +213,7 @@ class Gate(Function):
             if torch.is_grad_enabled() or forward_ad._current_level >= 0:
                 return super(Function, cls._twin).apply(*args)  # type: ignore[misc]
             return cls.forward(*args)
-        except (RuntimeError, TypeError, IndexError):
+        except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
             if not kwargs:
                 cls.check(*args)  # says it better, if it is the input that is bad
             raise
@@ -194,7 +225,7 @@ def call(function: type[Gate], *inputs: Any) -> Any:
     torch.compile drops a custom Function's rules inside a torch.func transform that it compiles
     (vmap of grad and jvp are silently wrong, torch 2.13), so there PyTorch's own formula runs.
     """
-    if _is_traced():
+    if is_traced():
         function.check(*inputs)
         if _functorch_active():
             return function.formula(*inputs)

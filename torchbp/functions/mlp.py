@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .gate import Gate, fast_backward, raw, save
+from .gate import Gate, auxiliary, fast_backward, raw, save, unused
 from .products import ACTIVATIONS, affine_gradients, check_affine
 
 __all__ = ["MLP"]
@@ -50,7 +50,7 @@ class MLP(Gate):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, ctx.layers, ctx.activation, *parameters = inputs
-        ctx.set_materialize_grads(False)
+        auxiliary(ctx, *output[1:])
         weights, _ = split(ctx.layers, tuple(parameters))
         save(ctx, x, *weights, *output[1:])
 
@@ -61,11 +61,7 @@ class MLP(Gate):
         need_x, _, _, *needs = ctx.needs_input_grad
         need_weights, need_biases = split(ctx.layers, tuple(needs))
         activation = ACTIVATIONS[ctx.activation]
-        if (
-            grad_y is not None
-            and fast_backward(grad_y)
-            and all(grad is None for grad in grad_saved)
-        ):
+        if grad_y is not None and unused(*grad_saved) and fast_backward(grad_y):
             grads = _mlp_backward(
                 grad_y, x, weights, saved, *activation.arguments, need_x, need_weights, need_biases
             )
@@ -135,16 +131,13 @@ class MLP(Gate):
         if len(weights) != layers or len(biases) not in (0, layers):
             raise ValueError(f"mlp: biases wants none or {len(weights)} tensors, got {len(biases)}")
         check.floating("mlp", "x", x)
-        shape = x.shape
+        h = x
         for i, weight in enumerate(weights):
-            name = f"[{i}]"
-            check.like("mlp", f"weights{name}", weight, "x", x)
-            probe = x.new_empty((0, *shape[-1:]))
-            if i == 0:
-                check_affine("mlp", x, weight, biases[i] if biases else None, name)
-            else:
-                check_affine("mlp", probe, weight, biases[i] if biases else None, name)
-            shape = weight.shape[:1]
+            names = f"weights[{i}]", f"biases[{i}]"
+            if biases:
+                check.floating("mlp", names[1], biases[i])
+            check_affine("mlp", h, weight, biases[i] if biases else None, names)
+            h = x.new_empty((0, weight.shape[0]))
 
     @staticmethod
     def formula(x: Tensor, layers: int, activation: str, *parameters: Tensor) -> tuple[Tensor, ...]:

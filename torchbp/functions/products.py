@@ -7,13 +7,26 @@ right shapes. Products run on PyTorch's own GEMM (MKL, oneDNN, cuBLAS).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import activations, check
-from .gate import BACKWARD, GATES, Gate, below, fast_backward, raw, save, sum_to
+from .gate import (
+    BACKWARD,
+    GATES,
+    Gate,
+    auxiliary,
+    below,
+    fast_backward,
+    is_traced,
+    raw,
+    save,
+    sum_to,
+    unused,
+)
 from .table import ROWS
 
 __all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout"]
@@ -75,8 +88,8 @@ class MatMul(Gate):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor) -> Tensor:
-        if x.dim() < 2 or w.dim() < 2:
-            MatMul.check(x, w)
+        if not is_traced():
+            MatMul.check(x, w)  # before and not after: torch.matmul takes more than this gate does
         return _matmul(x, w)
 
     @staticmethod
@@ -109,13 +122,7 @@ class MatMul(Gate):
                 "matmul: x and w want shapes (..., N, D) and (..., D, M), "
                 f"got {tuple(x.shape)} and {tuple(w.shape)}"
             )
-        try:
-            torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-        except RuntimeError:
-            raise ValueError(
-                "matmul: x and w want leading dimensions that broadcast, "
-                f"got {tuple(x.shape)} and {tuple(w.shape)}"
-            ) from None
+        check.broadcastable("matmul", "x", x, "w", w, last=2)
 
     formula = staticmethod(torch.matmul)
 
@@ -124,25 +131,29 @@ def affine_gradients(
     grad_z: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of z = x W^T + b, from operations that can be differentiated again."""
-    rows = grad_z.reshape(-1, weight.shape[0])
+    n = math.prod(x.shape[:-1])  # not -1: the other size may be 0
+    rows = grad_z.reshape(n, weight.shape[0])
     grad_x = MatMul.apply(rows, weight).reshape(x.shape) if needs[0] else None
-    grad_weight = MatMul.apply(rows.mT, x.reshape(-1, weight.shape[1])) if needs[1] else None
+    grad_weight = MatMul.apply(rows.mT, x.reshape(n, weight.shape[1])) if needs[1] else None
     grad_bias = rows.sum(0) if needs[2] else None
     return grad_x, grad_weight, grad_bias
 
 
-def check_affine(op: str, x: Any, weight: Any, bias: Any, suffix: str = "") -> None:
+def check_affine(
+    op: str, x: Any, weight: Any, bias: Any, names: tuple[str, str] = ("weight", "bias")
+) -> None:
+    """Raise TypeError or ValueError unless x W^T + b can be formed."""
     check.floating(op, "x", x)
-    check.like(op, f"weight{suffix}", weight, "x", x)
-    check.shape(op, f"weight{suffix}", weight, ("out_features", "in_features"))
+    check.like(op, names[0], weight, "x", x)
+    check.shape(op, names[0], weight, ("out_features", "in_features"))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: x wants shape (..., {weight.shape[1]}) for weight{suffix} of shape "
+            f"{op}: x wants shape (..., {weight.shape[1]}) for {names[0]} of shape "
             f"{tuple(weight.shape)}, got {tuple(x.shape)}"
         )
     if bias is not None:
-        check.like(op, f"bias{suffix}", bias, "x", x)
-        check.shape(op, f"bias{suffix}", bias, (weight.shape[0],))
+        check.like(op, names[1], bias, "x", x)
+        check.shape(op, names[1], bias, (weight.shape[0],))
 
 
 class Linear(Gate):
@@ -177,10 +188,11 @@ class Linear(Gate):
         x, weight, _, activation = inputs
         y, z = output
         ctx.activation = activation
-        ctx.set_materialize_grads(False)
         saves_x = ACTIVATIONS[activation].saves_x
-        if not saves_x:
-            ctx.mark_non_differentiable(z)
+        if saves_x:
+            auxiliary(ctx, z)
+        else:
+            auxiliary(ctx, constant=(z,))
         save(ctx, x, weight, z if saves_x else y)
 
     @staticmethod
@@ -190,7 +202,7 @@ class Linear(Gate):
         x, weight, saved = ctx.saved_tensors
         activation = ACTIVATIONS[ctx.activation]
         needs = ctx.needs_input_grad[:3]
-        if grad_z is None and grad_y is not None and fast_backward(grad_y):
+        if unused(grad_z) and grad_y is not None and fast_backward(grad_y):
             grads = _linear_backward(grad_y, x, weight, saved, *activation.arguments, *needs)
             return *(g if need else None for g, need in zip(grads, needs, strict=True)), None  # type: ignore[return-value]
         total = grad_z
@@ -249,7 +261,7 @@ class Maxout(Gate):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if weight.dim() != 3 or not 1 <= weight.shape[0] <= 256:
+        if weight.dim() != 3 or (bias is not None and bias.shape != weight.shape[:2]):
             Maxout.check(x, weight, bias)
         flat_bias = None if bias is None else bias.flatten()
         z, _ = _linear(x, weight.flatten(0, 1), flat_bias, *ACTIVATIONS["none"].arguments)
@@ -259,8 +271,7 @@ class Maxout(Gate):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _ = inputs
         _, index = output
-        ctx.mark_non_differentiable(index)
-        ctx.set_materialize_grads(False)
+        auxiliary(ctx, constant=(index,))
         save(ctx, x, weight, index)
 
     @staticmethod
@@ -270,15 +281,15 @@ class Maxout(Gate):
         if grad_y is None:
             return None, None, None
         x, weight, index = ctx.saved_tensors
-        pieces = weight.shape[0]
+        pieces, flat = weight.shape[0], math.prod(weight.shape[:2])
         if fast_backward(grad_y):
             grad_z = _max_pieces_backward(grad_y, index, pieces)
         else:
             grad_z = torch.where(won(index, pieces), grad_y.unsqueeze(-2), 0)
         grad_x, grad_weight, grad_bias = affine_gradients(
-            grad_z.reshape(*x.shape[:-1], -1),
+            grad_z,
             x,
-            weight.reshape(-1, weight.shape[2]),
+            weight.reshape(flat, weight.shape[2]),
             ctx.needs_input_grad,
         )
         return (
@@ -292,11 +303,12 @@ class Maxout(Gate):
         ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
     ) -> tuple[Tensor, None]:
         x, weight, index = ctx.saved_tensors
-        z_t = weight.new_zeros(*x.shape[:-1], weight.shape[:2].numel())
+        flat = math.prod(weight.shape[:2])
+        z_t = weight.new_zeros(*x.shape[:-1], flat)
         if x_t is not None:
-            z_t = z_t + torch.matmul(x_t, weight.reshape(-1, weight.shape[2]).mT)
+            z_t = z_t + torch.matmul(x_t, weight.reshape(flat, weight.shape[2]).mT)
         if weight_t is not None:
-            z_t = z_t + torch.matmul(x, weight_t.reshape(-1, weight.shape[2]).mT)
+            z_t = z_t + torch.matmul(x, weight_t.reshape(flat, weight.shape[2]).mT)
         z_t = z_t.view(*x.shape[:-1], *weight.shape[:2])
         if bias_t is not None:
             z_t = z_t + bias_t

@@ -7,6 +7,7 @@ through its Function; one that has none (the fused backward kernels) refuses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -207,7 +208,7 @@ def _batch_linear(
         y, z = _ops.linear(x, weight, bias, activation, parameter)
     else:
         weight = _front(weight, in_dims[1], info.batch_size)
-        rows = x.reshape(info.batch_size, -1, x.shape[-1])
+        rows = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
         z = torch.matmul(rows, weight.mT)
         if bias is not None:
             z = z + _front(bias, in_dims[2], info.batch_size).unsqueeze(1)
@@ -266,14 +267,19 @@ def _recorded(args: tuple[Any, ...]) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
+    return any(tensor.requires_grad for tensor in _tensors(args))
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among the arguments and in the lists among them."""
     flat = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,))]
-    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in flat)
+    return [arg for arg in flat if isinstance(arg, Tensor)]
 
 
 def _refuse(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if forward_ad._current_level >= 0 and not (
-            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
         ):
             return below(getattr(_ops, name).default)(*args)
         raise RuntimeError(
@@ -291,12 +297,18 @@ def _register(
     differentiable: Callable[..., Any] | None = None,
 ) -> None:
     kernel = below(getattr(_ops, name).default)
+
+    def one_device(*args: Any) -> Any:
+        if len({tensor.device for tensor in _tensors(args)}) > 1:
+            raise RuntimeError(f"torchbp::{name}: the tensors are on different devices")
+        return fake(*args)
+
     recorded = differentiable or _refuse(name)
 
     def autograd(*args: Any) -> Any:
         return recorded(*args) if _recorded(args) else kernel(*args)
 
-    torch.library.register_fake(f"torchbp::{name}", fake, lib=_library)
+    torch.library.register_fake(f"torchbp::{name}", one_device, lib=_library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 

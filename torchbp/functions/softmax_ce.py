@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .gate import Gate, fast_backward, raw, save
+from .gate import Gate, auxiliary, fast_backward, raw, save, unused
 
 __all__ = ["REDUCTIONS", "SoftmaxCE"]
 
@@ -19,18 +19,23 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def weighted_target(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+    input: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> Tensor:
-    """w q [N, C]: the target distribution, smoothed, times the class weights; 0 on ignored rows."""
+    """w q [N, C]: the target distribution, smoothed, times the class weights."""
     classes = input.shape[1]
     if target.dtype == torch.int64:
-        kept = (target != ignore_index).unsqueeze(1)
-        row = torch.where(kept, target.unsqueeze(1), 0)
-        q = torch.arange(classes, device=target.device) == row
-        q = kept * ((1 - smoothing) * q.to(input.dtype) + smoothing / classes)
+        q = torch.arange(classes, device=target.device) == target.unsqueeze(1)
+        q = (1 - smoothing) * q.to(input.dtype) + smoothing / classes
     else:
         q = (1 - smoothing) * target + smoothing / classes
     return q if weight is None else q * weight
+
+
+def kept(target: Tensor, ignore_index: int, grad: Tensor) -> Tensor:
+    """A gradient [N, C] with zeros on the rows that count nothing."""
+    if target.is_floating_point():
+        return grad
+    return torch.where((target != ignore_index).unsqueeze(1), grad, 0)
 
 
 class SoftmaxCE(Gate):
@@ -68,6 +73,14 @@ class SoftmaxCE(Gate):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # What the kernels could not tell from good input.
+        if (
+            type(ignore_index) is not int
+            or type(label_smoothing) is not float
+            or not 0 <= label_smoothing <= 1
+            or (ignore_index >= 0 and target.is_floating_point())
+        ):
+            SoftmaxCE.check(input, target, weight, ignore_index, reduction, label_smoothing)
         return _forward(input, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing)
 
     @staticmethod
@@ -76,8 +89,7 @@ class SoftmaxCE(Gate):
         _, lse, total = output
         if weight is not None and weight.requires_grad:
             raise ValueError("cross_entropy: weight has no gradient; got one that requires grad")
-        ctx.mark_non_differentiable(total)
-        ctx.set_materialize_grads(False)
+        auxiliary(ctx, lse, constant=(total,))
         save(ctx, input, target, weight, lse, total)
 
     @staticmethod
@@ -87,7 +99,7 @@ class SoftmaxCE(Gate):
         input, target, weight, lse, total = ctx.saved_tensors
         ignore_index, reduction, smoothing = ctx.options
         need_input, need_target, *_ = ctx.needs_input_grad
-        if grad_loss is not None and grad_lse is None and fast_backward(grad_loss):
+        if grad_loss is not None and unused(grad_lse) and fast_backward(grad_loss):
             grads = _backward(
                 grad_loss, input, target, weight, lse, total, ignore_index, REDUCTIONS[reduction],
                 smoothing, need_input, need_target,
@@ -101,9 +113,9 @@ class SoftmaxCE(Gate):
         if grad_loss is not None:
             row = grad_loss if reduction == "none" else grad_loss / total.to(input.dtype)
             row = row.expand(input.shape[0]).unsqueeze(1)
-            q = weighted_target(input, target, weight, ignore_index, smoothing)
+            q = weighted_target(input, target, weight, smoothing)
             if need_input:
-                grad_input = row * (p * q.sum(1, keepdim=True) - q)
+                grad_input = kept(target, ignore_index, row * (p * q.sum(1, keepdim=True) - q))
             if need_target:
                 log_p = input - lse.unsqueeze(1).to(input.dtype)
                 grad_target = row * -(1 - smoothing) * (log_p if weight is None else log_p * weight)
@@ -122,8 +134,9 @@ class SoftmaxCE(Gate):
         p = torch.exp(log_p)
         rows, lse_t = torch.zeros_like(p[:, 0]), torch.zeros_like(lse)
         if input_t is not None:
-            q = weighted_target(input, target, weight, ignore_index, smoothing)
-            rows = rows + (input_t * (p * q.sum(1, keepdim=True) - q)).sum(1)
+            q = weighted_target(input, target, weight, smoothing)
+            local = kept(target, ignore_index, p * q.sum(1, keepdim=True) - q)
+            rows = rows + (input_t * local).sum(1)
             lse_t = lse_t + (input_t * p).sum(1).to(lse.dtype)
         if target_t is not None:
             rows = rows - (1 - smoothing) * (
@@ -149,6 +162,8 @@ class SoftmaxCE(Gate):
         check.tensor(op, "target", target)
         check.device(op, "target", target, "input", input)
         check.integer(op, "ignore_index", ignore_index)
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"{op}: ignore_index wants an int64, got {ignore_index}")
         check.choice(op, "reduction", reduction, tuple(REDUCTIONS))
         if not 0 <= check.number(op, "label_smoothing", label_smoothing) <= 1:
             raise ValueError(f"{op}: label_smoothing wants 0 to 1, got {label_smoothing}")
@@ -163,6 +178,11 @@ class SoftmaxCE(Gate):
         elif target.is_floating_point():
             check.like(op, "target", target, "input", input)
             check.shape(op, "target", target, (n, classes))
+            if ignore_index >= 0:
+                raise ValueError(
+                    f"{op}: ignore_index wants class indices as target, "
+                    f"got {ignore_index} with class probabilities"
+                )
         else:
             raise TypeError(
                 f"{op}: target wants class indices (int64) or class probabilities "

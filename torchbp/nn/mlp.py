@@ -12,20 +12,23 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
 from ..functions import check
+from ..functions.gate import GATES
 from ..functions.products import ACTIVATIONS
 from ..functions.table import ROWS
-from .activations import ELU, LeakyReLU, ReLU, Sigmoid, Tanh
+from . import activations
 from .linear import Linear, check_size
 from .twin import TWINS, twin
 
 __all__ = ["MLP"]
 
+#: Name of an activation -> its module: a Function and its module have one name.
 _MODULES: dict[str, type[torch.nn.Module]] = {
-    "relu": ReLU, "leaky_relu": LeakyReLU, "elu": ELU, "sigmoid": Sigmoid, "tanh": Tanh,
-}  # fmt: skip
+    name: getattr(activations, GATES[name].__name__) for name in ACTIVATIONS if name in GATES
+}
 
 #: Class of an activation, torchbp's or torch.nn's -> its name.
-_NAMES = {kind: name for name, own in _MODULES.items() for kind in (own, own.__mro__[1])}
+_NAMES = {own: name for name, own in _MODULES.items()}
+_NAMES |= {theirs: _NAMES[own] for theirs, own in TWINS.items() if own in _NAMES}
 
 
 class MLP(torch.nn.Sequential):

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from .activations import ELU, LeakyReLU, ReLU, Sigmoid, Tanh
+from . import activations
 from .linear import Linear
 from .loss import CrossEntropyLoss
 
@@ -17,12 +17,12 @@ M = TypeVar("M", bound=torch.nn.Module)
 #: torch.nn's class -> torchbp's. Exactly these: a subclass may have another forward.
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Linear: Linear,
-    torch.nn.ReLU: ReLU,
-    torch.nn.LeakyReLU: LeakyReLU,
-    torch.nn.ELU: ELU,
-    torch.nn.Sigmoid: Sigmoid,
-    torch.nn.Tanh: Tanh,
     torch.nn.CrossEntropyLoss: CrossEntropyLoss,
+    **{
+        getattr(torch.nn, name): getattr(activations, name)
+        for name in activations.__all__
+        if hasattr(torch.nn, name)
+    },
 }
 
 #: What torch.nn.Module itself keeps in dicts and sets: parameters, buffers, children, hooks.

@@ -1,0 +1,105 @@
+"""The CUDA kernels against float64 on the CPU and PyTorch's own on the GPU, over the table of ops.
+
+Elementwise results are within 4 ulp of the exact ones (CUDA's exp and tanh are within 2);
+gradients, products and reductions are at most twice as far off in norm as PyTorch's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchbp.functional as F
+from tests.compare import assert_close_in_norm, assert_within_ulps
+from tests.ops import CASES, DTYPES, OPS, Case
+
+pytestmark = pytest.mark.gpu
+
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def gradients(
+    case: Case, inputs: list[Tensor], upstream: Tensor, ours: bool = True
+) -> tuple[Tensor, ...]:
+    """(output, gradients...) of a case, back on the CPU."""
+    inputs = [tensor.detach() for tensor in inputs]
+    free = [inputs[i].requires_grad_() for i in case.differentiable]
+    y = (case.ours if ours else case.reference)(*inputs)
+    dy = upstream.to(y).expand(y.shape)
+    return tuple(t.detach().cpu() for t in (y, *torch.autograd.grad(y, free, dy)))
+
+
+def compare(case: Case, inputs: list[Tensor], upstream: Tensor) -> None:
+    device = [tensor.cuda() for tensor in inputs]
+    exact = gradients(
+        case, [t.double() if t.is_floating_point() else t for t in inputs], upstream.double(), False
+    )
+    ours = gradients(case, device, upstream.cuda())
+    theirs = gradients(case, device, upstream.cuda(), ours=False)
+    if OPS[case.op].elementwise:
+        assert_within_ulps(ours[0], exact[0], 4)
+    for mine, torchs, wanted in zip(ours, theirs, exact, strict=True):
+        assert_close_in_norm(mine, wanted, torchs)
+
+
+@EACH_DTYPE
+@EACH_CASE
+def test_forward_and_backward(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.make(dtype)
+    compare(case, inputs, torch.randn_like(case.reference(*inputs)))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
+@EACH_CASE
+def test_layouts(case: Case, layout: str) -> None:
+    def laid_out(t: Tensor) -> Tensor:
+        if t.dim() == 0:
+            return t
+        if layout == "transposed":
+            return t.mT.contiguous().mT if t.dim() > 1 else t
+        if layout == "sliced":
+            return torch.stack([t, t], -1)[..., 0]
+        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) if t.numel() else t
+
+    inputs = [laid_out(t) for t in case.make(torch.float32)]
+    compare(case, inputs, torch.ones(()))  # of stride 0, as after sum()
+
+
+@pytest.mark.parametrize("n", [2**20 + 3, 2**24])
+@EACH_DTYPE
+def test_large_tensors(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(n, device="cuda").to(dtype)
+    torch.testing.assert_close(F.relu(x), torch.relu(x), rtol=0, atol=0)
+    torch.testing.assert_close(F.multiply(x, x), x * x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000, 50257])
+def test_many_classes(classes: int) -> None:
+    input, target = torch.randn(64, classes), torch.randint(classes, (64,))
+    exact = torch.nn.functional.cross_entropy(input.double(), target)
+    loss = F.cross_entropy(input.cuda(), target.cuda())
+    torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-6, atol=0)
+
+
+def test_class_index_out_of_range_raises_and_the_device_goes_on() -> None:
+    input, target = torch.randn(4, 3, device="cuda"), torch.tensor([0, 1, 3, 2], device="cuda")
+    with pytest.raises(IndexError, match=r"from 0 to 2 .*got 3 at position 2"):
+        F.cross_entropy(input, target)
+    assert F.relu(input).sum().isfinite()
+
+
+def test_runs_on_the_current_stream() -> None:
+    stream = torch.cuda.Stream()
+    x = torch.randn(2**22, device="cuda")
+    with torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.default_stream())
+        y = F.sigmoid(F.scale(x, 2.0))
+    stream.synchronize()
+    torch.testing.assert_close(y, torch.sigmoid(2 * x))
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiply: b wants the device of a, cuda:0, got cpu"):
+        F.multiply(torch.ones(2, device="cuda"), torch.ones(2))

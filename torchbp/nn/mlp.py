@@ -23,7 +23,9 @@ __all__ = ["MLP"]
 
 #: Name of an activation -> its module: a Function and its module have one name.
 _MODULES: dict[str, type[torch.nn.Module]] = {
-    name: getattr(activations, GATES[name].__name__) for name in ACTIVATIONS if name in GATES
+    name: getattr(activations, gate.__name__)
+    for name, gate in GATES.items()
+    if name in ACTIVATIONS and hasattr(activations, gate.__name__)
 }
 
 #: Class of an activation, torchbp's or torch.nn's -> its name.

@@ -100,7 +100,7 @@ def unused(*grads: Tensor | None) -> bool:
 def _forward_over_forward() -> bool:
     """Whether forward mode is nested, as in jacfwd of jacfwd.
 
-    There PyTorch loses what plain operations in a custom `jvp` do (torch 2.11 to 2.15).
+    There PyTorch loses what plain operations in a custom `jvp` do (seen in torch 2.13).
     """
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == _JVP for level in stack) > 1

@@ -173,8 +173,8 @@ def test_maxout_initialisation() -> None:
     assert module.weight.shape == (3, 50, 100)
     for parameter in module.parameters():
         assert parameter.abs().max() <= 0.1
-        assert abs(float(parameter.mean())) < 0.02
-        assert float(parameter.std()) == pytest.approx(0.1 / 3**0.5, rel=0.2)
+        assert abs(parameter.mean().item()) < 0.02
+        assert parameter.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.2)
     before = module.weight.clone()
     module.reset_parameters()
     assert not torch.equal(module.weight, before)

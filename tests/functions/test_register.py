@@ -168,6 +168,25 @@ def test_raw_op_is_differentiable_or_refuses(name: str) -> None:
         assert torch.autograd.gradcheck(run, free, check_forward_ad=True)
 
 
+@pytest.mark.parametrize("name", sorted(REFUSING))
+def test_fused_kernel_refuses_a_tangent(name: str) -> None:
+    """Forward mode is not dropped silently, and what carries no tangent passes."""
+
+    def dual(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(dual, value))
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+        return value
+
+    op = getattr(ops, name)
+    with torch.autograd.forward_ad.dual_level():
+        for sample in samples_of(name):
+            op(*sample)
+            with pytest.raises(RuntimeError, match=f"torchbp::{name} .* records no gradient"):
+                op(*map(dual, sample))
+
+
 @EACH_RAW_OP
 def test_vmap_of_raw_op(name: str) -> None:
     """Each tensor batched alone, and all of them together."""

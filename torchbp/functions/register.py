@@ -8,7 +8,7 @@ through its Function; one that has none (the fused backward kernels) refuses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ from .table import ROWS
 
 _ops: Any = torch.ops.torchbp
 _library = torch.library.Library("torchbp", "FRAGMENT")
-
-Shape = Sequence[int]
-
 
 # ---- fake kernels: what csrc/ops.h allocates
 
@@ -262,12 +259,13 @@ def _batch_max_pieces(info: Any, in_dims: tuple[Any], z: Tensor) -> tuple[Any, A
 
 
 def _recorded(args: tuple[Any, ...]) -> bool:
-    """Whether something will be differentiated: a tensor requires grad, or forward mode is on."""
-    if forward_ad._current_level >= 0:
+    """Whether something will be differentiated: a tensor requires grad or carries a tangent."""
+    tensors = _tensors(args)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor.requires_grad for tensor in _tensors(args))
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -278,10 +276,6 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
 
 def _refuse(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and not (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
-        ):
-            return below(getattr(_ops, name).default)(*args)
         raise RuntimeError(
             f"torchbp::{name} is a fused kernel and records no gradient: call it under "
             "torch.no_grad(), or differentiate torchbp.functional, which needs no such kernel"

@@ -22,12 +22,6 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + ")";
-}
-
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {
   STD_TORCH_CHECK(is_floating(t.scalar_type()), "torchbp::", op, ": ", argument,
                   " wants dtype float64, float32, bfloat16 or float16, got ScalarType ",
@@ -47,16 +41,27 @@ inline void check_like(const char* op, const char* argument, const Tensor& t, co
   check_device(op, argument, t, first);
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+// Sizes: a vector of them, or the sizes() of another tensor.
+template <class Sizes>
+bool has_shape(const Tensor& t, const Sizes& wanted) {
+  return static_cast<size_t>(t.dim()) == wanted.size() && std::equal(wanted.begin(), wanted.end(), t.sizes().begin());
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& wanted) {
-  const bool right =
-      static_cast<size_t>(t.dim()) == wanted.size() && std::equal(wanted.begin(), wanted.end(), t.sizes().begin());
+inline bool same_shape(const Tensor& a, const Tensor& b) { return has_shape(a, b.sizes()); }
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::string text;
-  for (const int64_t size : wanted) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(right, "torchbp::", op, ": ", argument, " wants shape (", text, "), got ", shape_text(t));
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
+inline std::string shape_text(const Tensor& t) { return shape_text(t.sizes()); }
+
+template <class Sizes = std::vector<int64_t>>
+void check_shape(const char* op, const char* argument, const Tensor& t, const Sizes& wanted) {
+  STD_TORCH_CHECK(has_shape(t, wanted), "torchbp::", op, ": ", argument, " wants shape ", shape_text(wanted), ", got ",
+                  shape_text(t));
 }
 
 inline ScalarType compute_dtype(ScalarType dtype) {

@@ -1,7 +1,7 @@
 // Every operation of torchbp, written once for all devices: shapes, layouts, errors, and which kernel runs.
 //
 // A device's library includes this file, names its Backend (cpu/backend.h lists what one has to offer) and calls
-// register_operations<Backend>. Products go to PyTorch's own mm and addmm (MKL, oneDNN, cuBLAS).
+// register_operations<Backend>. Products go to PyTorch's own linear and mm (MKL, oneDNN, cuBLAS).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -117,7 +117,7 @@ template <class Backend, Kernel kernel>
 Tensor unary_backward_with(const Tensor& dy, const Tensor& saved, double parameter) {
   check_floating(name_of<kernel>(), "dy", dy);
   check_like(name_of<kernel>(), "saved", saved, dy);
-  check_shape(name_of<kernel>(), "saved", saved, sizes_of(dy));
+  check_shape(name_of<kernel>(), "saved", saved, dy.sizes());
   const Tensor dx = torch::stable::empty_like(saved);
   Backend::elementwise(kernel, make_loop({&dx, &dy, &saved}, parameter));
   return dx;
@@ -139,10 +139,6 @@ inline std::vector<int64_t> broadcast_shape(const char* op, const Tensor& a, con
     shape[d] = size_a == 1 ? size_b : size_a;
   }
   return shape;
-}
-
-inline bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
-  return static_cast<size_t>(t.dim()) == shape.size() && std::equal(shape.begin(), shape.end(), t.sizes().begin());
 }
 
 // The layout follows the first input that has the full shape.
@@ -515,7 +511,7 @@ std::tuple<Tensor, Tensor> max_pieces(const Tensor& z_) {
 template <class Backend>
 Tensor max_pieces_backward(const Tensor& dy_, const Tensor& index_, int64_t pieces) {
   check_floating("max_pieces_backward", "dy", dy_);
-  check_shape("max_pieces_backward", "index", index_, sizes_of(dy_));
+  check_shape("max_pieces_backward", "index", index_, dy_.sizes());
   check_device("max_pieces_backward", "index", index_, dy_);
   STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Byte && dy_.dim() >= 1,
                   "torchbp::max_pieces_backward: index wants what max_pieces returned");

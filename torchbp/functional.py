@@ -55,6 +55,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value if value.dtype == torch.float64 else value.to(dtype)
 
 
+def _autocast(*values: Any) -> tuple[Any, ...]:
+    """The operands of a product in the dtype that autocast wants; as they are where it is off."""
+    dtype = _autocast_dtype(values[0])
+    return values if dtype is None else tuple(_cast(value, dtype) for value in values)
+
+
 def _promote(a: Any, b: Any) -> tuple[Any, Any]:
     """Under autocast, two inputs of different dtypes become the wider one."""
     if _autocast_dtype(a) is None or not isinstance(b, Tensor) or a.dtype == b.dtype:
@@ -212,9 +218,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
         >>> matmul(torch.ones(2, 3), torch.ones(3, 4)).shape
         torch.Size([2, 4])
     """
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, w = _cast(x, dtype), _cast(w, dtype)
+    x, w = _autocast(x, w)
     row = isinstance(x, Tensor) and x.dim() == 1
     column = isinstance(w, Tensor) and w.dim() == 1
     if (row or column) and isinstance(x, Tensor) and isinstance(w, Tensor):
@@ -248,9 +252,7 @@ def linear(
         >>> linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu").shape
         torch.Size([2, 4])
     """
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    x, weight, bias = _autocast(x, weight, bias)
     name = "none" if activation is None else activation
     y, _ = call(functions.Linear, x, weight, bias, name)
     return y
@@ -273,9 +275,7 @@ def maxout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> maxout(torch.ones(2, 3), torch.ones(2, 4, 3)).shape
         torch.Size([2, 4])
     """
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    x, weight, bias = _autocast(x, weight, bias)
     y, _ = call(functions.Maxout, x, weight, bias)
     return y
 
@@ -366,10 +366,7 @@ def mlp(
             raise TypeError(
                 f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}"
             )
-    parameters = [*weights, *(biases or ())]
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, *parameters = (_cast(value, dtype) for value in (x, *parameters))
+    x, *parameters = _autocast(x, *weights, *(biases or ()))
     y, *_ = call(functions.MLP, x, len(weights), activation, *parameters)
     return y
 

@@ -30,11 +30,6 @@ const Level& detect_level() {
   return baseline_level();
 }
 
-const Level& level() {
-  static const Level& chosen = detect_level();
-  return chosen;
-}
-
 // PyTorch's own grain: below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
@@ -105,6 +100,11 @@ void write_compute(void* p, DtypeIndex compute, double value) {
 }
 
 }  // namespace
+
+const Level& level() {
+  static const Level& chosen = detect_level();
+  return chosen;
+}
 
 const char* cpu_level() { return level().name; }
 

@@ -1,7 +1,10 @@
 // The CPU backend: what ops.h calls to run a description on the CPU, with threads and the SIMD level of the machine.
 #pragma once
 
+#include <vector>
+
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -18,6 +21,9 @@ struct Cpu {
 
   // Adds the sum of squares of n elements to *result, in the compute dtype.
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);
+
+  // One step for all parameters, in one pass over their memory.
+  static void update(const std::vector<Parameter>& parameters);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

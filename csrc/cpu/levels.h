@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -11,6 +12,10 @@ using ColumnFunction = void (*)(void* const* outputs, const void* const* inputs,
 // Between a strided array of some dtype (stride in bytes) and a contiguous one of its compute dtype.
 using LoadFunction = void (*)(void* to, const char* from, int64_t stride, int64_t n);
 using StoreFunction = void (*)(char* to, int64_t stride, const void* from, int64_t n);
+
+// One step of an optimizer on n elements: csrc/cpu/update.h.
+using UpdateFunction = void (*)(const Update&, void* parameter, const void* grad, void* state0, void* state1,
+                                int64_t n);
 
 // Where a dtype's functions stand in a Level. ops.h has refused every other dtype before.
 enum DtypeIndex { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
@@ -41,6 +46,7 @@ struct Level {
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
+  UpdateFunction update[kDtypes];
   double (*sum[kDtypes])(const void* data, int64_t n);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
 };

@@ -10,6 +10,7 @@
 
 #include "../activation.h"
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -45,6 +46,9 @@ struct Cpu {
                                           const std::vector<Tensor>& saved, const Activation& f, double parameter,
                                           bool need_x, const std::vector<int64_t>& need_weights,
                                           const std::vector<int64_t>& need_biases);
+
+  // One step for all parameters, in one pass over their memory.
+  static void update(const std::vector<Parameter>& parameters);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

@@ -11,6 +11,7 @@
 #include "../softmax_ce.h"
 #include "gemm_level.h"
 #include "levels.h"
+#include "update.h"
 
 namespace torchbp::TORCHBP_LEVEL {
 

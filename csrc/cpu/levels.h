@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -11,6 +12,10 @@ using ColumnFunction = void (*)(void* const* outputs, const void* const* inputs,
 // Between a strided array of some dtype (stride in bytes) and a contiguous one of its compute dtype.
 using LoadFunction = void (*)(void* to, const char* from, int64_t stride, int64_t n);
 using StoreFunction = void (*)(char* to, int64_t stride, const void* from, int64_t n);
+
+// One step of an optimizer on n elements: csrc/cpu/update.h.
+using UpdateFunction = void (*)(const Update&, void* parameter, const void* grad, void* state0, void* state1,
+                                int64_t n);
 
 // Where a dtype's functions stand in a Level. ops.h has refused every other dtype before.
 enum DtypeIndex { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
@@ -33,7 +38,6 @@ inline DtypeIndex compute_index(DtypeIndex dtype) { return dtype == kFloat64 ? k
 
 struct Gemm;
 struct Scratch;
-struct Update;
 
 // The product of gemm.h. A tile of C has at most `rows` rows; a panel of B is `columns` wide.
 struct GemmKernels {
@@ -46,10 +50,6 @@ struct GemmKernels {
   bool (*in_place)(const Gemm&);  // whether B can be read in place
 };
 
-// One step of an optimizer on n elements (update.h), in place.
-using UpdateFunction = void (*)(const Update& update, void* parameter, const void* grad, void* state0, void* state1,
-                                int64_t n);
-
 // The row-wise kernels work on the rows [begin, end) of their description.
 struct Level {
   const char* name;
@@ -61,10 +61,10 @@ struct Level {
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
+  UpdateFunction update[kDtypes];
   double (*sum[kDtypes])(const void* data, int64_t n);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
   void (*sum_rows)(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db);
-  UpdateFunction update[kDtypes];
 };
 
 // The level in use.

@@ -382,3 +382,15 @@ _register(
     _batch_loop(_ops.l2_penalty),
     lambda tensors: L2Penalty.apply(*tensors),
 )
+
+# ---- what changes its arguments: the updates of torchbp.optim
+
+
+def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None) -> None:
+    """No gradient goes through an update: autograd passes it on as if under torch.no_grad()."""
+    torch.library.register_fake(f"torchbp::{name}", fake, lib=_library)
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+_register_in_place("sgd_")
+_register_in_place("adamw_")

@@ -1,7 +1,7 @@
 // Steps of training a multi-layer perceptron without autograd: forward, softmax cross-entropy, backward, and each weight
 // updated tile by tile as its gradient comes out of the product, which never reaches memory.
 //
-// mlp_trainer makes a trainer of a network's parameters and its optimizer's state, and returns its number; the other
+// open makes a trainer of a network's parameters and its optimizer's state, and returns its number; the other
 // operations run it. A trainer holds the very tensors of model and optimizer, and looks up where they are at every call.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -18,7 +18,7 @@
 namespace torchbp {
 namespace {
 
-constexpr const char* kOp = "mlp_trainer";
+constexpr const char* kOp = "trainer";
 
 float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
@@ -200,9 +200,9 @@ std::shared_ptr<Trainer> trainer_of(int64_t number) {
   return found->second;
 }
 
-int64_t mlp_trainer(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state,
-                    std::string activation, double parameter, double label_smoothing, std::string rule,
-                    std::vector<int64_t> groups, std::vector<int64_t> slots) {
+int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state, std::string activation,
+             double parameter, double label_smoothing, std::string rule, std::vector<int64_t> groups,
+             std::vector<int64_t> slots) {
   auto trainer =
       std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots);
   const std::lock_guard<std::mutex> lock(mutex);
@@ -220,7 +220,7 @@ bool check_hyper(const Trainer& trainer, const std::vector<double>& hyper, int64
 }
 
 // One step on x [n, in], or one on each of xs [steps, n, in]. Returns the losses before the steps.
-Tensor mlp_trainer_steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vector<double> hyper) {
+Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vector<double> hyper) {
   const auto trainer = trainer_of(number);
   const Tensor xs = dense(xs_), targets = dense(targets_);
   check_operand("xs", xs, ScalarType::Float);
@@ -229,20 +229,20 @@ Tensor mlp_trainer_steps(int64_t number, const Tensor& xs_, const Tensor& target
   const int64_t in = trainer->in_features();
   STD_TORCH_CHECK((many || xs.dim() == 2) && xs.size(many + 1) == in, "torchbp::", kOp, ": xs wants shape (N, ", in,
                   ") or (steps, N, ", in, "), got ", shape_text(xs));
-  const int64_t steps = many ? xs.size(0) : 1, n = xs.size(many);
-  STD_TORCH_CHECK(targets.dim() == 1 + many && targets.numel() == steps * n && targets.size(many) == n,
+  const int64_t count = many ? xs.size(0) : 1, n = xs.size(many);
+  STD_TORCH_CHECK(targets.dim() == 1 + many && targets.numel() == count * n && targets.size(many) == n,
                   "torchbp::", kOp, ": targets wants the shape of xs without features, got ", shape_text(targets));
-  const Tensor losses = empty(many ? std::vector<int64_t>{steps} : std::vector<int64_t>{}, ScalarType::Float, xs);
-  const bool each = check_hyper(*trainer, hyper, steps);
-  if (steps > 0) trainer->prepare(n);
+  const Tensor losses = empty(many ? std::vector<int64_t>{count} : std::vector<int64_t>{}, ScalarType::Float, xs);
+  const bool each = check_hyper(*trainer, hyper, count);
+  if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
-  for (int64_t s = 0; s < steps; ++s)
+  for (int64_t s = 0; s < count; ++s)
     data_of(losses)[s] = trainer->step({data_of(xs) + s * n * in, in, 1}, target + s * n,
                                        hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   return losses;
 }
 
-void mlp_trainer_close(int64_t number) {
+void close(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex);
   trainers.erase(number);
 }
@@ -250,17 +250,18 @@ void mlp_trainer_close(int64_t number) {
 }  // namespace
 }  // namespace torchbp
 
-STABLE_TORCH_LIBRARY_FRAGMENT(torchbp, m) {
+// A library of its own: torch.ops.torchbp has functions of their arguments alone, which can be traced and batched.
+STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
   m.def(
-      "mlp_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
+      "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
-  m.def("mlp_trainer_steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
-  m.def("mlp_trainer_close(int trainer) -> ()");
+  m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
+  m.def("close(int trainer) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
-  m.impl("mlp_trainer", TORCH_BOX(&torchbp::mlp_trainer));
-  m.impl("mlp_trainer_steps", TORCH_BOX(&torchbp::mlp_trainer_steps));
+STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
+  m.impl("open", TORCH_BOX(&torchbp::open));
+  m.impl("steps", TORCH_BOX(&torchbp::steps));
 }
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CompositeExplicitAutograd, m) {
-  m.impl("mlp_trainer_close", TORCH_BOX(&torchbp::mlp_trainer_close));
+STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CompositeExplicitAutograd, m) {
+  m.impl("close", TORCH_BOX(&torchbp::close));
 }

@@ -67,8 +67,13 @@ def _fake_mlp(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, parameter: float
 ) -> list[Tensor]:
     result = [x.new_empty(*x.shape[:-1], weights[-1].shape[0])]
+    # The CPU's own products keep hidden layers feature-major.
+    feature_major = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2
     for weight in weights[:-1]:
-        h = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if feature_major:
+            h = x.new_empty(weight.shape[0], x.shape[0]).t()
+        else:
+            h = x.new_empty(*x.shape[:-1], weight.shape[0])
         result += [h, torch.empty_like(h)] if ACTIVATIONS[activation].saves_x else [h]
     return result
 

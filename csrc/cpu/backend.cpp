@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -192,6 +193,14 @@ void Cpu::add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void
     *static_cast<double*>(result) += sum;
   else
     *static_cast<float*>(result) += static_cast<float>(sum);
+}
+
+void Cpu::batch(const Batch& batch) {
+  const int64_t area = batch.height * batch.width;
+  parallel(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
+    level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
+  });
 }
 
 }  // namespace torchbp

@@ -1,6 +1,7 @@
 // The CPU backend: what ops.h calls to run a description on the CPU, with threads and the SIMD level of the machine.
 #pragma once
 
+#include "../batch.h"
 #include "../kernels.h"
 
 namespace torchbp {
@@ -18,6 +19,9 @@ struct Cpu {
 
   // Adds the sum of squares of n elements to *result, in the compute dtype.
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);
+
+  // Fills batch.out.
+  static void batch(const Batch& batch);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

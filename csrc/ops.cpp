@@ -56,6 +56,9 @@ void define_operations(StableLibrary& m) {
   m.def(
       "adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int[] counts, float[] hyper) -> ()");
+  m.def(
+      "image_batch(Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
+      "ScalarType dtype) -> Tensor");
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -236,6 +237,14 @@ void Cpu::update(const std::vector<Parameter>& parameters) {
   };
   // Those that share memory are updated in turn, as one after the other would be.
   parallel(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
+}
+
+void Cpu::batch(const Batch& batch) {
+  const int64_t area = batch.height * batch.width;
+  parallel(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
+    level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
+  });
 }
 
 }  // namespace torchbp

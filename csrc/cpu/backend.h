@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../activation.h"
+#include "../batch.h"
 #include "../kernels.h"
 #include "../optim.h"
 
@@ -49,6 +50,8 @@ struct Cpu {
 
   // One step for all parameters, in one pass over their memory.
   static void update(const std::vector<Parameter>& parameters);
+  // Fills batch.out.
+  static void batch(const Batch& batch);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

@@ -190,6 +190,15 @@ void each_row(const Gemm& g, int64_t i, int64_t j, int64_t mr, const F& f) {
   for (int64_t r = 0; r < mr; ++r) f(r * kPanel, (i + r) * g.c_i + j * g.c_j);
 }
 
+// Fetches what an update of the tile will read.
+inline void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
+  constexpr int64_t line = 16;
+  each_row(g, i, j, mr, [&](int64_t, int64_t at) {
+    for (const float* const p : {g.c, g.state0, g.state1})
+      for (int64_t c = 0; p && c < kPanel; c += line) __builtin_prefetch(p + at + c, 1);
+  });
+}
+
 inline void store_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* tile, float* to) {
   each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
     if (g.c_j == 1 && nr == kPanel) {
@@ -274,6 +283,7 @@ inline void gemm_run(const Gemm& g, int64_t j, int64_t n, int64_t i_begin, int64
           for (int64_t p = p0; p < p1; ++p) {
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, n - column);
             float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * kTileRows * kPanel;
+            if (g.update) prefetch_update(g, i, j + column, mr);
             if (next_k < g.k) prefetch_a(g, next_i, mr, next_k, std::min(kBlock, g.k - next_k), p - p0, width);
             const MultiplyTile multiply = multiply_for(mr, nr, by_rows);
             if (packed)
@@ -290,6 +300,19 @@ inline void gemm_run(const Gemm& g, int64_t j, int64_t n, int64_t i_begin, int64
 
 // ---- sums over the examples ----------------------------------------------------------------------------------------
 
+// The sum of a vector's lanes, halves upon halves.
+template <int width, size_t... l>
+TORCHBP_INLINE Vector fold(Vector v, std::index_sequence<l...>) {
+  return v + __builtin_shufflevector(v, v, ((l + width) % kLanes)...);
+}
+TORCHBP_INLINE float sum_lanes(Vector v) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  if constexpr (kLanes > 8) v = fold<8>(v, lanes);
+  if constexpr (kLanes > 4) v = fold<4>(v, lanes);
+  v = fold<2>(v, lanes);
+  return fold<1>(v, lanes)[0];
+}
+
 // db [out] = sum over i of dz(i, o), in float32 over blocks of rows and float64 over these.
 inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db) {
   constexpr int64_t block = 512, chunk = 64;
@@ -304,8 +327,7 @@ inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, in
         for (; i + kLanes <= end; i += kLanes) part += load_vector(x + i);
         float rest = 0;
         for (; i < end; ++i) rest += x[i];
-        for (int l = 0; l < kLanes; ++l) rest += part[l];
-        sum += rest;
+        sum += rest + sum_lanes(part);
       }
       db[o] = static_cast<float>(sum);
     }

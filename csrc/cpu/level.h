@@ -9,6 +9,7 @@
 #include "../columns.h"
 #include "../math.h"
 #include "../softmax_ce.h"
+#include "batch.h"
 #include "gemm_level.h"
 #include "levels.h"
 #include "update.h"
@@ -175,6 +176,7 @@ void fill_dtype(Level& level, DtypeIndex dtype) {
   level.softmax_ce_backward[dtype] = softmax_ce_backward_rows<T>;
   level.maxout_forward[dtype] = maxout_forward_rows<T>;
   level.maxout_backward[dtype] = maxout_backward_rows<T>;
+  level.batch[dtype] = batch_rows<T>;
   level.sum[dtype] = sum_of<T, false>;
   level.sum_of_squares[dtype] = sum_of<T, true>;
   level.update[dtype] = update<T>;

@@ -1,6 +1,7 @@
 // What one SIMD level offers: a table of plain functions, filled in by level.h under each level's target.
 #pragma once
 
+#include "../batch.h"
 #include "../kernels.h"
 #include "../optim.h"
 
@@ -62,6 +63,7 @@ struct Level {
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   UpdateFunction update[kDtypes];
+  void (*batch[kDtypes])(const Batch&, int64_t begin, int64_t end, uint8_t* scratch);
   double (*sum[kDtypes])(const void* data, int64_t n);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
   void (*sum_rows)(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db);

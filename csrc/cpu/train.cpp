@@ -13,6 +13,7 @@
 #include "../ops.h"
 #include "backend.h"
 #include "gemm.h"
+#include "images.h"
 #include "network.h"
 
 namespace torchbp {
@@ -242,6 +243,40 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   return losses;
 }
 
+// One step on each batch of an epoch of images (image_batch): flattened, in the order of `index`; the last one may be
+// smaller, or is left out. Returns the losses before the steps.
+Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::optional<Tensor> flip,
+             std::optional<Tensor> shift, std::vector<double> scale, std::vector<double> offset, const Tensor& targets_,
+             int64_t batch_size, bool drop_last, std::vector<double> hyper) {
+  const auto trainer = trainer_of(number);
+  const ImageBatch all = describe_images(kOp, images, index, flip, shift, std::move(scale), std::move(offset));
+  const Tensor targets = dense(targets_);
+  check_operand("targets", targets, ScalarType::Long);
+  check_shape(kOp, "targets", targets, std::vector<int64_t>{all.batch.n});
+  STD_TORCH_CHECK(batch_size >= 1, "torchbp::", kOp, ": batch_size wants at least 1, got ", batch_size);
+  const int64_t features = all.batch.channels * all.batch.height * all.batch.width;
+  STD_TORCH_CHECK(features == trainer->in_features(), "torchbp::", kOp, ": the network wants ", trainer->in_features(),
+                  " inputs, and an image has ", features);
+  const int64_t n = all.batch.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
+  const bool each = check_hyper(*trainer, hyper, count);
+  const Tensor losses = empty({count}, ScalarType::Float, images);
+  for (int64_t s = 0; s < count; ++s) {
+    Batch batch = all.batch;
+    const int64_t begin = s * batch_size;
+    batch.n = std::min(batch_size, n - begin);
+    batch.index += begin;
+    if (batch.flip) batch.flip += begin;
+    if (batch.shift) batch.shift += 2 * begin;
+    if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
+    batch.out = trainer->batch();
+    Cpu::batch(batch);
+    data_of(losses)[s] =
+        trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
+                      hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+  }
+  return losses;
+}
+
 void close(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex);
   trainers.erase(number);
@@ -256,11 +291,15 @@ STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
       "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
   m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
+  m.def(
+      "epoch(int trainer, Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
+      "Tensor targets, int batch_size, bool drop_last, float[] hyper) -> Tensor");
   m.def("close(int trainer) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
   m.impl("open", TORCH_BOX(&torchbp::open));
   m.impl("steps", TORCH_BOX(&torchbp::steps));
+  m.impl("epoch", TORCH_BOX(&torchbp::epoch));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CompositeExplicitAutograd, m) {
   m.impl("close", TORCH_BOX(&torchbp::close));

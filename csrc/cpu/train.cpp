@@ -25,7 +25,7 @@ float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr(
 
 void check_operand(const char* argument, const Tensor& t, ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), "torchbp::", kOp, ": ", argument,
-                  " wants a contiguous CPU tensor of ", dtype == ScalarType::Long ? "int64" : "float32");
+                  " wants a contiguous CPU tensor of dtype ", dtype == ScalarType::Long ? "int64" : "float32");
 }
 
 // A parameter, what the optimizer keeps for it, and the row of hyperparameters that it follows.
@@ -35,6 +35,7 @@ struct Trained {
   bool is_weight;
   size_t layer;
   int64_t group;  // -1: frozen
+  size_t index;   // in what is updated
   std::vector<Tensor> state;
 };
 
@@ -58,7 +59,6 @@ public:
     net_.parameter = parameter;
     net_.layers.resize(weights.size());
     gradients_.resize(weights.size());
-    updates_.resize(parameters);
     ce_.dtype = ScalarType::Float;
     ce_.label_smoothing = label_smoothing;
     ce_.grad = &one_;
@@ -78,7 +78,8 @@ public:
       } else {
         check_shape(kOp, "biases", t, std::vector<int64_t>{layer.out});
       }
-      Trained trained{t, t.numel(), is_weight, l, groups[p], {}};
+      Trained trained{t, t.numel(), is_weight, l, groups[p], updated_.size(), {}};
+      if (groups[p] >= 0) updated_.emplace_back();
       groups_ = std::max(groups_, groups[p] + 1);
       STD_TORCH_CHECK(groups[p] < 0          ? slots[p] == 0
                       : rule_ == Rule::adamw ? slots[p] == 3
@@ -88,7 +89,7 @@ public:
       for (int64_t s = 0; s < slots[p]; ++s) {
         STD_TORCH_CHECK(next < state.size(), "torchbp::", kOp, ": state wants more than ", state.size(), " tensors");
         const Tensor& kept = state[next++];
-        check_operand("state", kept, ScalarType::Float);
+        if (s < 2 || kept.scalar_type() != ScalarType::Double) check_operand("state", kept, ScalarType::Float);
         STD_TORCH_CHECK(s == 2 ? kept.numel() == 1 : same_shape(kept, t), "torchbp::", kOp,
                         ": state wants tensors like their parameter, and a number of steps");
         trained.state.push_back(kept);
@@ -102,20 +103,36 @@ public:
   // Numbers in the hyperparameters of one step: a row for each group.
   size_t row() const { return static_cast<size_t>(groups_) * kHyper; }
 
+  // Throws if a row of hyperparameters has a momentum and its group no buffers.
+  void check_momentum(const std::vector<double>& hyper) const {
+    if (rule_ != Rule::sgd) return;
+    for (const Trained& t : trained_) {
+      if (t.group < 0 || !t.state.empty()) continue;
+      for (size_t at = static_cast<size_t>(t.group) * kHyper; at + kHyper <= hyper.size(); at += row())
+        STD_TORCH_CHECK(update_of(rule_, &hyper[at]).momentum == 0, "torchbp::", kOp,
+                        ": hyper has a momentum, and state no buffers");
+    }
+  }
+
   // To be called before the first of some steps with n examples each. batch: whether batch() is wanted.
   void prepare(int64_t n, bool batch = false) {
     STD_TORCH_CHECK(n > 0, "torchbp::", kOp, ": a step wants at least one example");
-    for (size_t p = 0; p < trained_.size(); ++p) {
-      const Trained& t = trained_[p];
+    for (Trained& t : trained_) {
       Layer& layer = net_.layers[t.layer];
       float* const value = find(t.value, t.numel);
       (t.is_weight ? layer.weight : layer.bias) = value;
       if (t.group < 0) continue;
+      Parameter& updated = updated_[t.index];
+      for (size_t s = 0; s < std::min<size_t>(t.state.size(), 2); ++s) updated.state[s] = find(t.state[s], t.numel);
+      if (t.state.size() > 2) {
+        updated.step = t.state[2].mutable_data_ptr();
+        updated.wide_step = t.state[2].scalar_type() == ScalarType::Double;
+      }
       Gradients& g = gradients_[t.layer];
       (t.is_weight ? g.weight : g.bias) = value;
-      (t.is_weight ? g.update_weight : g.update_bias) = &updates_[p];
-      for (size_t s = 0; s < std::min<size_t>(t.state.size(), 2); ++s)
-        (t.is_weight ? g.state_weight : g.state_bias)[s] = find(t.state[s], t.numel);
+      (t.is_weight ? g.update_weight : g.update_bias) = &updated.update;
+      for (int s = 0; s < 2; ++s)
+        (t.is_weight ? g.state_weight : g.state_bias)[s] = static_cast<float*>(updated.state[s]);
     }
     if (n == net_.n && (batch_ || !batch)) return;
     net_.n = n;
@@ -159,14 +176,11 @@ public:
     Cpu::softmax_ce_forward(ce_, Reduction::mean, &loss, &total_);
     if (groups_ == 0) return loss;
     Cpu::softmax_ce_backward(ce_);
-    for (size_t p = 0; p < trained_.size(); ++p) {
-      const Trained& t = trained_[p];
+    for (const Trained& t : trained_) {
       if (t.group < 0) continue;
-      updates_[p] = update_of(rule_, hyper + t.group * kHyper);
-      if (rule_ == Rule::adamw) updates_[p].at_step(*data_of(t.state[2]) += 1);
-      STD_TORCH_CHECK(updates_[p].momentum == 0 || !t.state.empty(), "torchbp::", kOp,
-                      ": momentum wants a momentum buffer");
+      updated_[t.index].update = update_of(rule_, hyper + t.group * kHyper);
     }
+    if (rule_ == Rule::adamw) advance(updated_);
     backward(net_, x, {grad_logits_, ce_.classes, 1}, gradients_, {}, scratch_);
     return loss;
   }
@@ -182,7 +196,7 @@ private:
   Network net_;
   std::vector<Trained> trained_;
   std::vector<Gradients> gradients_;
-  std::vector<Update> updates_;
+  std::vector<Parameter> updated_;  // those that are not frozen
   int64_t groups_ = 0;
   SoftmaxCE ce_;
   float one_ = 1, total_ = 1;
@@ -214,6 +228,7 @@ int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vecto
 
 // Whether each of the steps has hyperparameters of its own.
 bool check_hyper(const Trainer& trainer, const std::vector<double>& hyper, int64_t steps) {
+  trainer.check_momentum(hyper);
   if (hyper.size() == trainer.row()) return false;
   STD_TORCH_CHECK(hyper.size() == trainer.row() * static_cast<size_t>(steps), "torchbp::", kOp, ": hyper wants ",
                   trainer.row(), " numbers, or as many for each step, got ", hyper.size());

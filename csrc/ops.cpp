@@ -56,6 +56,9 @@ void define_operations(StableLibrary& m) {
   m.def(
       "adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int[] counts, float[] hyper) -> ()");
+  m.def(
+      "train_mlp(Tensor xs, Tensor targets, Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor(c!)[] state, "
+      "str activation, float parameter, float label_smoothing, str rule, int[] groups, float[] hyper) -> Tensor");
 }
 
 }  // namespace

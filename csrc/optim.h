@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace torchbp {
 
@@ -55,7 +56,7 @@ inline Update update_of(Rule rule, const double* row) {
 }
 
 // n elements, one after the other, of a parameter, its gradient and what the optimizer keeps for it: the momentum
-// buffer, if there is momentum, or exp_avg and exp_avg_sq.
+// buffer, if there is momentum, or exp_avg, exp_avg_sq and the count of steps.
 struct Parameter {
   Update update;
   torch::headeronly::ScalarType dtype;
@@ -63,6 +64,26 @@ struct Parameter {
   void* data = nullptr;
   const void* grad = nullptr;
   void* state[2] = {nullptr, nullptr};
+  void* step = nullptr;  // a float32 or float64 number, as torch.optim keeps it
+  bool wide_step = false;
 };
+
+// Counts the step that AdamW is about to do.
+inline void advance(std::vector<Parameter>& parameters) {
+  double last = -1;
+  const Update* before = nullptr;
+  for (Parameter& p : parameters) {
+    const double step = p.wide_step ? *static_cast<double*>(p.step) += 1 : *static_cast<float*>(p.step) += 1;
+    Update& u = p.update;
+    if (before && step == last && before->beta1 == u.beta1 && before->beta2 == u.beta2) {  // two powers saved
+      u.correction1 = before->correction1;
+      u.correction2 = before->correction2;
+    } else {
+      u.at_step(step);
+    }
+    before = &u;
+    last = step;
+  }
+}
 
 }  // namespace torchbp

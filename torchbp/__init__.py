@@ -10,6 +10,17 @@ from __future__ import annotations
 from . import functional, functions, nn, optim
 from .convert import convert
 from .functions.table import ROWS, cpu_level
+from .optim import compile_step
 from .version import __version__
 
-__all__ = ["ROWS", "__version__", "convert", "cpu_level", "functional", "functions", "nn", "optim"]
+__all__ = [
+    "ROWS",
+    "__version__",
+    "compile_step",
+    "convert",
+    "cpu_level",
+    "functional",
+    "functions",
+    "nn",
+    "optim",
+]

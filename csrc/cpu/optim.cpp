@@ -91,12 +91,6 @@ void sgd_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grad
   Cpu::update(all);
 }
 
-// A step count as torch.optim keeps it, a float32 or float64 number, one further on. Returns the new count.
-double advance(const Tensor& step) {
-  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.mutable_data_ptr()) += 1;
-  return *static_cast<float*>(step.mutable_data_ptr()) += 1;
-}
-
 void adamw_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
             const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
             const std::vector<Tensor>& steps, const std::vector<int64_t>& counts, const std::vector<double>& hyper) {
@@ -113,20 +107,10 @@ void adamw_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& gr
                     "torchbp::adamw_: steps wants one float32 or float64 number for each parameter");
     all[i].state[0] = exp_avgs[i].mutable_data_ptr();
     all[i].state[1] = exp_avg_sqs[i].mutable_data_ptr();
+    all[i].step = steps[i].mutable_data_ptr();
+    all[i].wide_step = steps[i].scalar_type() == ScalarType::Double;
   }
-  double last = -1;
-  for (size_t i = 0; i < all.size(); ++i) {
-    const double step = advance(steps[i]);
-    Update& u = all[i].update;
-    const Update* const before = i ? &all[i - 1].update : nullptr;
-    if (before && step == last && before->beta1 == u.beta1 && before->beta2 == u.beta2) {  // two powers saved
-      u.correction1 = before->correction1;
-      u.correction2 = before->correction2;
-    } else {
-      u.at_step(step);
-    }
-    last = step;
-  }
+  advance(all);
   Cpu::update(all);
 }
 

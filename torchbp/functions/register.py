@@ -284,6 +284,15 @@ def _refuse(name: str) -> Callable[..., Any]:
     return run
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if len({tensor.device for tensor in _tensors(args)}) > 1:
+            raise RuntimeError(f"torchbp::{name}: the tensors are on different devices")
+        return fake(*args)
+
+    return run
+
+
 def _register(
     name: str,
     fake: Callable[..., Any],
@@ -292,17 +301,12 @@ def _register(
 ) -> None:
     kernel = below(getattr(_ops, name).default)
 
-    def one_device(*args: Any) -> Any:
-        if len({tensor.device for tensor in _tensors(args)}) > 1:
-            raise RuntimeError(f"torchbp::{name}: the tensors are on different devices")
-        return fake(*args)
-
     recorded = differentiable or _refuse(name)
 
     def autograd(*args: Any) -> Any:
         return recorded(*args) if _recorded(args) else kernel(*args)
 
-    torch.library.register_fake(f"torchbp::{name}", one_device, lib=_library)
+    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 
@@ -388,9 +392,10 @@ _register(
 
 def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None) -> None:
     """No gradient goes through an update: autograd passes it on as if under torch.no_grad()."""
-    torch.library.register_fake(f"torchbp::{name}", fake, lib=_library)
+    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 _register_in_place("sgd_")
 _register_in_place("adamw_")
+_register_in_place("train_mlp", lambda xs, *args: xs.new_empty(xs.shape[:-2]))

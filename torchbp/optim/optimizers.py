@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 
 from ..functions.gate import is_traced
 
-__all__ = ["AdamW", "SGD"]
+__all__ = ["SGD", "AdamW", "adamw_row", "sgd_row"]
 
 _sgd = torch.ops.torchbp.sgd_.default._op
 _adamw = torch.ops.torchbp.adamw_.default._op
@@ -35,6 +35,23 @@ def _unhooked(kind: type[Optimizer]) -> Callable[..., Any]:
     """torch's own `step`, without the hooks that it is wrapped in once somebody made a `kind`."""
     step = kind.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def sgd_row(group: dict[str, Any]) -> tuple[float, ...]:
+    """The hyperparameters of a group of SGD as csrc/optim.h orders them."""
+    return (
+        _number(group["lr"]), _number(group["momentum"]), _number(group["dampening"]),
+        _number(group["weight_decay"]), group["nesterov"], group["maximize"],
+    )  # fmt: skip
+
+
+def adamw_row(group: dict[str, Any]) -> tuple[float, ...]:
+    """The hyperparameters of a group of AdamW as csrc/optim.h orders them."""
+    beta1, beta2 = group["betas"]
+    return (
+        _number(group["lr"]), _number(beta1), _number(beta2), _number(group["eps"]),
+        _number(group["weight_decay"]), group["maximize"],
+    )  # fmt: skip
 
 
 class _OneCall(Optimizer):
@@ -157,8 +174,8 @@ class SGD(_OneCall, torch.optim.SGD):
         for group in self.param_groups:
             if group["differentiable"] or group["fused"]:
                 return None
-            momentum = _number(group["momentum"])
-            before = len(grads)
+            row = sgd_row(group)
+            momentum, before = row[1], len(grads)
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -171,10 +188,7 @@ class SGD(_OneCall, torch.optim.SGD):
                         return None
                     buffers.append(buffer)
             counts.append(len(grads) - before)
-            hyper += (
-                _number(group["lr"]), momentum, _number(group["dampening"]),
-                _number(group["weight_decay"]), group["nesterov"], group["maximize"],
-            )  # fmt: skip
+            hyper += row
         return parameters, grads, buffers, counts, hyper
 
 
@@ -231,9 +245,5 @@ class AdamW(_OneCall, torch.optim.AdamW):
                 exp_avg_sqs.append(kept["exp_avg_sq"])
                 steps.append(kept["step"])
             counts.append(len(grads) - before)
-            beta1, beta2 = group["betas"]
-            hyper += (
-                _number(group["lr"]), _number(beta1), _number(beta2), _number(group["eps"]),
-                _number(group["weight_decay"]), group["maximize"],
-            )  # fmt: skip
+            hyper += adamw_row(group)
         return parameters, grads, exp_avgs, exp_avg_sqs, steps, counts, hyper

@@ -95,7 +95,7 @@ class Calls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace == "torchbp"
+        self.count += func.namespace in ("torchbp", "torchbp_trainer")
         return func(*args, **(kwargs or {}))
 
 

@@ -116,7 +116,6 @@ public:
 
   // To be called before the first of some steps with n examples each. batch: whether batch() is wanted.
   void prepare(int64_t n, bool batch = false) {
-    STD_TORCH_CHECK(n > 0, "torchbp::", kOp, ": a step wants at least one example");
     for (Trained& t : trained_) {
       Layer& layer = net_.layers[t.layer];
       float* const value = find(t.value, t.numel);
@@ -134,7 +133,7 @@ public:
       for (int s = 0; s < 2; ++s)
         (t.is_weight ? g.state_weight : g.state_bias)[s] = static_cast<float*>(updated.state[s]);
     }
-    if (n == net_.n && (batch_ || !batch)) return;
+    if (scratch_ && n == net_.n && (batch_ || !batch)) return;
     net_.n = n;
     size_t used = 0;
     const auto lay_out = [&](float* base) {

@@ -95,7 +95,10 @@ class Calls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace in ("torchbp", "torchbp_trainer")
+        trainer = torch.ops.torchbp_trainer
+        self.count += func.namespace == "torchbp" or func in (
+            trainer.steps.default, trainer.epoch.default
+        )  # fmt: skip
         return func(*args, **(kwargs or {}))
 
 

@@ -893,7 +893,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
     "biases": ("sgd", lambda call: call.biases.pop(), "biases wants none or 2"),
     "weight dtype": ("sgd", put("weights", 0, torch.ones(4, 3).double()), "weights wants .* float32"),
     "weight strides": ("sgd", put("weights", 0, torch.ones(3, 4).T), "weights wants a contiguous"),
-    "weight shape": ("sgd", put("weights", 0, torch.ones(5, 3)), "follow on one another"),
+    "weight shape": ("sgd", put("weights", 1, torch.ones(2, 5)), "follow on one another"),
     "bias shape": ("sgd", put("biases", 0, torch.ones(3)), r"biases wants shape \(4\)"),
     "state shape": ("sgd", put("state", 0, torch.ones(3, 3)), "state wants tensors like"),
     "state dtype": ("sgd", put("state", 0, torch.ones(4, 3).half()), "state wants .* float32"),

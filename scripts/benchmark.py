@@ -19,13 +19,15 @@ both measured in the same process. Behind it stands the share of our time that i
 
 The JSON file holds `machine`, `versions`, `date`, whether it was a `quick` run, and `results`, one
 for each case and number of threads: median, quartiles (in seconds) and ratio of each contestant,
-reasons of those `skipped`, `floor` (seconds), `rates` (per second), `goals` and, where measured,
-`memory`: bytes that a call adds to the resident set at its peak.
+reasons of those `skipped`, `floor` (seconds), `rates` (per second), `goals`, `others` (the share of
+the machine that other processes took meanwhile, which a ratio on all cores does not forgive) and,
+where measured, `memory`: bytes that a call adds to the resident set at its peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -43,34 +45,26 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
 import torchbp
 from scripts.benchmark_cases import (
     CASES,
-    COMPILE,
     EXTRAS,
     GROUPS,
     JAX,
     OURS,
-    TORCH,
     Case,
     Contestant,
     Floor,
     Outputs,
     unmarked,
 )
+from scripts.benchmark_report import PEERS, Result, chart, notes, profile_tables, table
 from torchbp.train import figures, write_file
-
-PEERS = (TORCH, COMPILE, JAX)
-Result = dict[str, Any]
-
 
 # ---- Measuring one case, in a process of its own
 
@@ -123,12 +117,17 @@ def measure(
         result["memory"] = {name: peak(contestant) for name, contestant in contestants.items()}
     if profiled:
         result["profile"] = {
-            name: profile(contestant) for name, contestant in contestants.items() if name != JAX
+            name: profile(contestant, min(1.0, seconds))
+            for name, contestant in contestants.items()
+            if EXTRAS.get(name, name) != JAX
         }
     if case.floor:
         tell(f"{case.name}: measuring the floor")
-        result["floor"], result["rates"] = lower_bound(case.floor)
+        result["floor"], result["rates"] = lower_bound(case.floor, min(0.5, seconds))
+    before = busy()
     rounds = list(race(contestants, seconds, lambda text: tell(f"{case.name}: {text}")))
+    taken, mine, passed = (now - then for now, then in zip(busy(), before, strict=True))
+    result["others"] = round(max(0.0, taken - mine) / (passed * (os.cpu_count() or 1)), 3)
     for name in contestants:
         low, median, high = np.quantile([times[name] for times in rounds], [0.25, 0.5, 0.75])
         ratio = statistics.median(times[name] / times[OURS] for times in rounds)
@@ -166,16 +165,21 @@ def race(
         needed += settle + once * (calls[name] + 1)
     rounds = min(60, max(3, round(seconds / needed)))
     order, shuffle = list(contestants), random.Random(0).shuffle
-    for done in range(rounds):
-        tell(f"round {done + 1} of {rounds}")
-        shuffle(order)
-        yield {name: turn(contestants[name], calls[name], settle) for name in order}
+    gc.collect()
+    gc.freeze()  # what there is now need not be looked through again
+    try:
+        for done in range(rounds):
+            tell(f"round {done + 1} of {rounds}")
+            gc.collect()
+            shuffle(order)
+            yield {name: turn(contestants[name], calls[name], settle) for name in order}
+    finally:
+        gc.unfreeze()
 
 
 def turn(contestant: Contestant, calls: int, settle: float) -> float:
     """Seconds a call, after calls that do not count, of `settle` seconds and one at least."""
     clock, run = time.perf_counter, contestant.run
-    gc.collect()
     gc.disable()
     try:
         contestant.reset()
@@ -194,7 +198,7 @@ def turn(contestant: Contestant, calls: int, settle: float) -> float:
         gc.enable()
 
 
-def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
+def fastest(call: Callable[[], object], seconds: float) -> float:
     """The shortest time of several calls: rates of the machine are to be its best."""
     clock, best, end = time.perf_counter, float("inf"), time.perf_counter() + seconds
     call()
@@ -205,24 +209,34 @@ def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
     return best
 
 
-def lower_bound(floor: Floor) -> tuple[float, dict[str, float]]:
+def lower_bound(floor: Floor, seconds: float) -> tuple[float, dict[str, float]]:
     """Seconds, and the rates per second that they were had from."""
     rates: dict[str, float] = {}
     if floor.flops:
         size = 2048
         a, b, c = (torch.randn(size, size).to(floor.dtype) for _ in range(3))
-        rate = 2.0 * size**3 / fastest(lambda: torch.mm(a, b, out=c), 0.8)
+        rate = 2.0 * size**3 / fastest(lambda: torch.mm(a, b, out=c), seconds)
         rates[f"{str(floor.dtype).removeprefix('torch.')} operations"] = rate
     arithmetic = floor.flops / rate if floor.flops else 0.0
     traffic = 0.0
     for moved, size in floor.traffic:
-        source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
-        repeats = max(1, 100_000 // size)  # a single small copy is all call
-        copies = lambda s=source, t=target, n=repeats: [t.copy_(s) for _ in range(n)]  # noqa: E731
-        rate = 2.0 * size * repeats / fastest(copies)
+        source, target = torch.ones(size // 4), torch.ones(size // 4)
+        copied = functools.partial(target.copy_, source)
+        rate = 2.0 * size / fastest(copied, seconds)
         rates[f"bytes at {size:,}"] = rate
         traffic += moved / rate
     return float(f"{max(arithmetic, traffic):.4g}"), rates
+
+
+def busy() -> tuple[float, float, float]:
+    """Seconds that all processes have used so far, that this one has, and that have passed."""
+    try:
+        fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    except OSError:
+        return 0.0, 0.0, time.perf_counter()
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
 
 
 def peak(contestant: Contestant) -> int | None:
@@ -246,11 +260,11 @@ def peak(contestant: Contestant) -> int | None:
         contestant.reset()
 
 
-def profile(contestant: Contestant) -> dict[str, Any]:
+def profile(contestant: Contestant, seconds: float) -> dict[str, Any]:
     """Where the time of a call goes: seconds of each stage, and operations by their own time."""
     clock = time.perf_counter
     samples: list[Counter[str]] = []
-    end = clock() + 1.0
+    end = clock() + seconds
     while len(samples) < 5 or (clock() < end and len(samples) < 500):
         stages: Counter[str] = Counter()
         last = clock()
@@ -291,6 +305,8 @@ def reason(error: Exception) -> str:
 def child(settings: str) -> int:
     """What runs in the process of its own: a line of JSON for each thing to tell."""
     options = json.loads(settings)
+    # Before any thread is there: XLA makes as many as it may use cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options["threads"]])
     torch.set_num_threads(options["threads"])
 
     def say(kind: str, value: object) -> None:
@@ -373,10 +389,9 @@ def events(
         "threads": threads,
         "quick": options.quick,
         "peers": options.peers,
-        "seconds": 0.1 if options.quick else options.seconds,
+        "seconds": 0.01 if options.quick else options.seconds,
         "profile": options.profile,
     }
-    cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -390,7 +405,6 @@ def events(
             stderr=log,
             text=True,
             env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         assert process.stdout is not None
         try:
@@ -439,231 +453,6 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-# ---- Telling what was measured
-
-
-def duration(seconds: float) -> str:
-    """A time with three digits.
-
-    Example:
-        >>> duration(2.2e-05), duration(0.3301), duration(10.44)
-        ('22.0 us', '330 ms', '10.4 s')
-    """
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
-        if seconds * scale < 999.5:
-            return f"{three_digits(seconds * scale)} {unit}"
-    return f"{three_digits(seconds)} s"
-
-
-def three_digits(value: float) -> str:
-    """
-    Example:
-        >>> [three_digits(x) for x in (0.0123, 1.0, 15.26, 99.96, 1234.5)]
-        ['0.01', '1.00', '15.3', '100', '1234']
-    """
-    places = next((n for n, limit in ((2, 9.995), (1, 99.95)) if abs(value) < limit), 0)
-    return f"{value:.{places}f}"
-
-
-def times(value: float) -> str:
-    return f"{three_digits(value)}x"
-
-
-def reached(result: Result) -> dict[str, tuple[str, bool]]:
-    """Goal -> how it is said, and whether it is reached; those of peers that ran."""
-    found: dict[str, tuple[str, bool]] = {}
-    ran = result["contestants"]
-    if OURS not in ran:
-        return found
-    ours = ran[OURS]["seconds"]
-    for goal, value in result["goals"].items():
-        if goal == "seconds":
-            found[goal] = f"<= {duration(value)}", ours <= value
-        elif goal == "floor":
-            found[goal] = f"floor >= {value:.0%}", result["floor"] / ours >= value
-        elif goal == "memory":
-            if TORCH in ran and result["memory"][TORCH]:
-                had = result["memory"][TORCH] / max(result["memory"][OURS], 1)
-                found[goal] = f"memory {times(value)} ({times(had)})", had >= value
-        elif goal in ran:
-            # As exact as the table shows it: nobody could see more.
-            shown = float(three_digits(ran[goal]["ratio"]))
-            found[goal] = f"{goal} {times(value)}", shown >= float(three_digits(value))
-    return found
-
-
-def condensed(results: Sequence[Result]) -> list[Result]:
-    """The results with the gates as one, the gate with the lowest ratio to torch, named."""
-    rows: list[Result] = []
-    worst: dict[int, Result] = {}
-    for result in results:
-        if result["case"] not in GROUPS["gates"]:
-            rows.append(result)
-            continue
-        if TORCH not in result["contestants"]:
-            continue
-        found = worst.get(result["threads"])
-        ratio = result["contestants"][TORCH]["ratio"]
-        if found is None or ratio < found["contestants"][TORCH]["ratio"]:
-            worst[result["threads"]] = result
-    for result in worst.values():
-        name = result["case"].removeprefix("gate_")
-        rows.append(
-            result
-            | {"case": f"gates ({name})", "about": f"the slowest of the gates: {result['about']}"}
-        )
-    return rows
-
-
-def table(results: Sequence[Result]) -> Table:
-    """Times and ratios; a goal that is reached is green."""
-    made = Table(pad_edge=False, header_style="bold")
-    for head in ("case", "threads", OURS, *PEERS, "goal", "floor", "share"):
-        made.add_column(head, justify="left" if head in ("case", "goal") else "right")
-    for result in condensed(results):
-        ran, skipped = result["contestants"], result["skipped"]
-        goals = reached(result) if result["threads"] == 2 else {}
-
-        def cell(name: str, ran: Any = ran, skipped: Any = skipped, goals: Any = goals) -> Text:
-            if name not in ran:
-                return Text("skipped" if name in skipped else "", style="dim")
-            style = "" if name not in goals else "green" if goals[name][1] else "red"
-            time = duration(ran[name]["seconds"])
-            return Text.assemble(f"{time} ", (times(ran[name]["ratio"]).rjust(6), style))
-
-        goal = Text("\n").join(
-            Text(text, style="green" if fine else "red") for text, fine in goals.values()
-        )
-        ours = duration(ran[OURS]["seconds"]) if OURS in ran else "skipped"
-        floor = result["floor"] if OURS in ran else None
-        made.add_row(
-            result["case"],
-            str(result["threads"]),
-            Text(ours, style="bold"),
-            *map(cell, PEERS),
-            goal,
-            duration(floor) if floor else "",
-            f"{floor / ran[OURS]['seconds']:.0%}" if floor else "",
-        )
-        for name, library in EXTRAS.items():
-            if name in ran:
-                made.add_row(
-                    f"  {name}", "", "", *(cell(name) if p == library else "" for p in PEERS)
-                )
-    return made
-
-
-def notes(results: Sequence[Result]) -> Iterator[str]:
-    """What the table has no room for: each gate, memory, what was skipped and why."""
-    gates: dict[int, list[str]] = defaultdict(list)
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for result in results:
-        where = f"{result['case']} ({result['threads']})"
-        if result["case"] in GROUPS["gates"] and TORCH in result["contestants"]:
-            name, ran = result["case"].removeprefix("gate_"), result["contestants"][TORCH]
-            gates[result["threads"]].append(f"{name} {times(ran['ratio'])}")
-        for name, why in result["skipped"].items():
-            reasons[f"{name} skipped: {why}"].append(where)
-        if result.get("memory"):
-            said = [
-                f"{name} {'unknown' if value is None else f'{value / 2**20:,.0f} MiB'}"
-                for name, value in result["memory"].items()
-            ]
-            yield f"{where}, memory that a call adds at its peak: {', '.join(said)}"
-    for threads, said in gates.items():
-        yield f"torch's time over ours, gate by gate ({threads}): {', '.join(said)}"
-    for why, where_all in reasons.items():
-        yield f"{why} [{', '.join(where_all)}]"
-
-
-def profile_tables(result: Result) -> Iterator[Table]:
-    """Where the time goes: the stages side by side, then the operations of each contestant."""
-    profiles = result["profile"]
-    where = f"{result['case']}, {result['threads']} thread(s)"
-    stages = Table(title=f"{where}: stages of a call", title_justify="left")
-    stages.add_column("stage")
-    for name in profiles:
-        stages.add_column(name, justify="right")
-    for stage in dict.fromkeys(stage for found in profiles.values() for stage in found["stages"]):
-        held = [found["stages"].get(stage) for found in profiles.values()]
-        stages.add_row(stage, *("" if s is None else duration(s) for s in held))
-    sums = [sum(found["stages"].values()) for found in profiles.values()]
-    stages.add_section()
-    stages.add_row("all", *map(duration, sums))
-    yield stages
-    for name in [name for name in (OURS, TORCH) if name in profiles]:
-        title = f"{where}: operations of {name}, with torch.profiler's own cost"
-        operations = Table(title=title, title_justify="left")
-        for head in ("operation", "calls", "own time"):
-            operations.add_column(head, justify="left" if head == "operation" else "right")
-        for operation, calls, seconds in profiles[name]["operations"]:
-            operations.add_row(operation, f"{calls:g}", duration(seconds))
-        yield operations
-
-
-COLOURS = {TORCH: "#c2410c", COMPILE: "#d9a441", JAX: "#2f6f9f"}
-
-
-def chart(data: dict[str, Any]) -> Figure:
-    """How many times our time the others take, at the most threads measured: bars on a log axis,
-    from 1, as fast as we are.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
-    results = [r for r in condensed(data["results"]) if len(r["contestants"]) > 1]
-    if not results:
-        raise ValueError("chart: there are no ratios in the results")
-    threads = max(result["threads"] for result in results)
-    results = [result for result in results if result["threads"] == threads]
-    bars = [
-        [(peer, r["contestants"][peer]["ratio"]) for peer in PEERS if peer in r["contestants"]]
-        for r in results
-    ]
-    lines = sum(len(group) for group in bars) + 0.9 * len(bars)
-    figure = Figure(figsize=(8, 1.3 + 0.17 * lines), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    ratios = [ratio for group in bars for _, ratio in group]
-    low, high = min(0.8, 0.8 * min(ratios)), 1.6 * max(ratios)
-    height, labelled, y = 0.92, [], 0.0
-    for group in bars:
-        labelled.append(y + (len(group) - 1) / 2)
-        for peer, ratio in group:
-            axes.barh(y, ratio - 1, height, left=1, color=COLOURS[peer], linewidth=0)
-            axes.text(
-                1.03 * max(ratio, 1),
-                y + 0.04,
-                times(ratio),
-                va="center",
-                fontsize=7.5,
-                color="#1f2328",
-            )
-            y += 1
-        y += 0.9
-    axes.set_yticks(labelled, [result["case"] for result in results], fontsize=9)
-    axes.set(xscale="log", xlim=(low, high), ylim=(y - 0.9, -1))
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=8.5)
-    axes.set_xticks([], minor=True)
-    axes.axvline(1, color="#1f2328", linewidth=1)
-    axes.grid(axis="x", color="#d0d7de", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(length=0, colors="#1f2328")
-    here = [peer for peer in PEERS if any(peer == name for group in bars for name, _ in group)]
-    for peer in here:
-        axes.barh([0], [0], color=COLOURS[peer], label=peer)
-    axes.legend(loc="lower right", fontsize=9, frameon=True, edgecolor="white", framealpha=1)
-    machine = data["machine"]
-    axes.set_title(
-        f"Time of each over the time of torchbp, {threads} threads, {machine['processor']}",
-        fontsize=10,
-        color="#1f2328",
-        loc="left",
-    )
-    return figure
 
 
 # ---- The command line

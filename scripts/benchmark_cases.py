@@ -102,7 +102,8 @@ class Case:
 
 def array(value: Any) -> npt.NDArray[Any]:
     """A tensor of PyTorch or JAX in float32, copied to NumPy's."""
-    return np.array(value.detach().float() if isinstance(value, Tensor) else value, np.float32)
+    value = value.detach().float() if isinstance(value, Tensor) else value
+    return np.asarray(value).astype(np.float32)
 
 
 def in_jax(tensor: Tensor) -> Any:
@@ -263,12 +264,14 @@ def linear_relu(name: str, dtype: torch.dtype, **goals: float) -> Case:
 
         return lambda x, weight, bias: jax.nn.relu(x @ weight.T + bias)
 
-    wide = [torch.randn(n, d), torch.randn(m, d) / d**0.5, torch.randn(m)]
-    upstream = torch.randn(n, m)
-    leaves = [leaf.to(dtype) for leaf in wide]
+    leaves = [torch.randn(n, d), torch.randn(m, d) / d**0.5, torch.randn(m)]
+    leaves = [leaf.to(dtype) for leaf in leaves]
+    upstream = torch.randn(n, m).to(dtype)
     extras: dict[str, Callable[[], Contestant]] = {}
     if dtype != torch.float32:
-        extras["torch in float32"] = lambda: differentiated(theirs, wide, [], upstream)
+        extras["torch in float32"] = lambda: differentiated(
+            theirs, [leaf.float() for leaf in leaves], [], upstream.float()
+        )
     # Forward reads x, W, b and writes y; backward reads all that and dy, and writes the gradients.
     moved = 3 * sum(leaf.nbytes for leaf in leaves) + 3 * n * m * leaves[0].itemsize
     return function_case(
@@ -281,11 +284,11 @@ def linear_relu(name: str, dtype: torch.dtype, **goals: float) -> Case:
         jaxed,
         leaves,
         [],
-        upstream.to(dtype),
+        upstream,
         extras=extras,
         goals=goals,
         floor=Floor(3 * 2.0 * n * d * m, dtype, [(moved, leaves[1].nbytes)]),
-        # bfloat16 has 8 bits, and a y that rounds to 0 loses its gradient.
+        # bfloat16 has 8 bits; where x W^T is rounded before the bias is added, signs change.
         tolerance=1e-4 if dtype == torch.float32 else 3e-2,
     )
 

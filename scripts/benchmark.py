@@ -80,6 +80,7 @@ def measure(
 
     Raises:
         Disagreement: one computes something else than we do.
+        Exception: whatever ours raises; another that does is skipped.
     """
     contestants: dict[str, Contestant] = {}
     skipped: dict[str, str] = {}
@@ -92,9 +93,9 @@ def measure(
             contestant = make()
             outputs = contestant.outputs()
         except Exception as error:  # whatever a library that is missing or broken raises
-            skipped[name] = reason(error)
             if name == OURS:
-                break  # nothing to compare with
+                raise
+            skipped[name] = reason(error)
             continue
         if name == OURS:
             expected = outputs
@@ -111,8 +112,6 @@ def measure(
         "floor": None,
         "rates": {},
     }
-    if OURS not in contestants:
-        return result
     if case.memory:
         result["memory"] = {name: peak(contestant) for name, contestant in contestants.items()}
     if profiled:
@@ -126,6 +125,7 @@ def measure(
         result["floor"], result["rates"] = lower_bound(case.floor, min(0.5, seconds))
     before = busy()
     rounds = list(race(contestants, seconds, lambda text: tell(f"{case.name}: {text}")))
+    result["rounds"] = len(rounds)
     taken, mine, passed = (now - then for now, then in zip(busy(), before, strict=True))
     result["others"] = round(max(0.0, taken - mine) / (passed * (os.cpu_count() or 1)), 3)
     for name in contestants:
@@ -141,13 +141,12 @@ def compare(case: Case, name: str, outputs: Outputs, expected: Outputs) -> None:
         ours, theirs = expected[key].astype(np.float64), outputs[key].astype(np.float64)
         if ours.shape != theirs.shape:
             raise Disagreement(
-                f"{case.name}: {key} has shape {list(theirs.shape)} in {name} and"
-                f" {list(ours.shape)} in {OURS}"
+                f"{key} has shape {list(theirs.shape)} in {name} and {list(ours.shape)} in {OURS}"
             )
         error = float(np.linalg.norm(theirs - ours)) / (float(np.linalg.norm(ours)) or 1.0)
         if not error <= case.tolerance:
             raise Disagreement(
-                f"{case.name}: {key} of {name} is not that of {OURS}: relative error {error:.2g},"
+                f"{key} of {name} is not that of {OURS}: relative error {error:.2g},"
                 f" at most {case.tolerance:g} is allowed"
             )
 
@@ -158,11 +157,14 @@ def race(
     """Seconds a call of each contestant, a dict for every round, of about `seconds` in all."""
     # Long enough for the threads of the contestant before to stop waiting for more work.
     settle = min(0.006, seconds / 100)
-    calls, needed = {}, 0.0
+    plans, needed = {}, 0.0
     for name, contestant in contestants.items():
         once = turn(contestant, 1, settle)
-        calls[name] = max(1, round(settle / once))
-        needed += settle + once * (calls[name] + 1)
+        calls = max(1, round(settle / once))
+        # What lasts that long does not show what was before it.
+        warm, before = (settle, max(settle, once)) if once < 0.5 else (0.0, 0.0)
+        plans[name] = contestant, calls, warm
+        needed += before + once * calls
     rounds = min(60, max(3, round(seconds / needed)))
     order, shuffle = list(contestants), random.Random(0).shuffle
     gc.collect()
@@ -172,21 +174,22 @@ def race(
             tell(f"round {done + 1} of {rounds}")
             gc.collect()
             shuffle(order)
-            yield {name: turn(contestants[name], calls[name], settle) for name in order}
+            yield {name: turn(*plans[name]) for name in order}
     finally:
         gc.unfreeze()
 
 
-def turn(contestant: Contestant, calls: int, settle: float) -> float:
-    """Seconds a call, after calls that do not count, of `settle` seconds and one at least."""
+def turn(contestant: Contestant, calls: int, warm: float) -> float:
+    """Seconds a call, after calls that do not count, of `warm` seconds and one at least if any."""
     clock, run = time.perf_counter, contestant.run
     gc.disable()
     try:
         contestant.reset()
-        end = clock() + settle
-        run(unmarked)
-        while clock() < end:
+        end = clock() + warm
+        while warm:
             run(unmarked)
+            if clock() >= end:
+                break
         contestant.finish()
         contestant.reset()
         start = clock()
@@ -265,7 +268,7 @@ def profile(contestant: Contestant, seconds: float) -> dict[str, Any]:
     clock = time.perf_counter
     samples: list[Counter[str]] = []
     end = clock() + seconds
-    while len(samples) < 5 or (clock() < end and len(samples) < 500):
+    while not samples or (clock() < end and len(samples) < 500):
         stages: Counter[str] = Counter()
         last = clock()
 
@@ -279,7 +282,7 @@ def profile(contestant: Contestant, seconds: float) -> dict[str, Any]:
         if not stages:
             mark("in one")
         samples.append(stages)
-    calls = 5
+    calls = min(5, len(samples))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         for _ in range(calls):
             contestant.run(unmarked)
@@ -324,8 +327,9 @@ def child(settings: str) -> int:
                 options["profile"],
                 lambda text: say("state", text),
             )
-        except Disagreement as error:
-            say("disagreement", str(error))
+        except Exception as error:
+            where = f"{name} ({options['threads']})"
+            say("error", f"{where}: {reason(error)}")
             continue
         say("result", result)
     return 0

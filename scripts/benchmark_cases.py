@@ -462,8 +462,9 @@ class JaxTraining:
         self.raw_step = step
 
     def reset(self) -> None:
-        copies = [self.tree.map(lambda a: a.copy(), self.start) for _ in range(2)]
-        self.state = copies[0], self.tree.map(lambda a: 0 * a, copies[1])
+        zeros = self.tree.map(lambda a: 0 * a, self.start)
+        self.state = self.tree.map(lambda a: a.copy(), self.start), zeros
+        self.finish()
 
     def finish(self) -> None:
         import jax
@@ -473,9 +474,8 @@ class JaxTraining:
     def outputs(self, losses: Iterable[Any]) -> Outputs:
         self.reset()
         found = np.concatenate([array(loss).reshape(-1) for loss in losses])
-        parameters = [
-            array(part).T.ravel() for layer in self.state[0] for part in layer
-        ]  # [in, out] as [out, in]
+        # [in, out] as [out, in]
+        parameters = [array(part).T.ravel() for layer in self.state[0] for part in layer]
         return {"losses": found, "parameters": np.concatenate(parameters)}
 
 
@@ -713,18 +713,21 @@ def cifar_epoch(name: str, quick: bool) -> Case:
     def usual(library: str, batch: Callable[..., Tensor] = prepare) -> Contestant:
         training = Training(SIZES, library)
 
-        def epoch(data: SimpleNamespace, augment: bool) -> Iterator[Tensor]:
+        def epoch(data: SimpleNamespace, augment: bool, mark: Mark) -> Iterator[Tensor]:
             for rows, mirrored, _ in draws(len(data.images), augment, False):
-                yield training.step(batch(data.images, rows, mirrored, None), data.targets[rows])
+                x, target = batch(data.images, rows, mirrored, None), data.targets[rows]
+                mark("input")
+                yield training.step(x, target, mark)
 
         return contestant(training, epoch)
 
     def our_loader() -> Contestant:
         training = Training(SIZES, TORCH)
 
-        def epoch(data: SimpleNamespace, augment: bool) -> Iterator[Tensor]:
+        def epoch(data: SimpleNamespace, augment: bool, mark: Mark) -> Iterator[Tensor]:
             for x, target in loader(data, augment, False):
-                yield training.step(x, target)
+                mark("input")
+                yield training.step(x, target, mark)
 
         return contestant(training, epoch)
 
@@ -732,7 +735,7 @@ def cifar_epoch(name: str, quick: bool) -> Case:
         training = Training(SIZES, OURS)
         step = compiled_step(training)
 
-        def epoch(data: SimpleNamespace, augment: bool) -> Iterator[Tensor]:
+        def epoch(data: SimpleNamespace, augment: bool, mark: Mark) -> Iterator[Tensor]:
             yield step.epoch(loader(data, augment, False))
 
         return contestant(training, epoch)
@@ -749,7 +752,7 @@ def cifar_epoch(name: str, quick: bool) -> Case:
 
         arrays = {len(d.images): (in_jax(d.images), in_jax(d.targets)) for d in (data, few)}
 
-        def epoch(data: SimpleNamespace, augment: bool) -> Iterator[Any]:
+        def epoch(data: SimpleNamespace, augment: bool, mark: Mark) -> Iterator[Any]:
             held = arrays[len(data.images)]
             for rows, mirrored, _ in draws(len(data.images), augment, False):
                 flips = None if mirrored is None else mirrored.numpy()
@@ -759,11 +762,12 @@ def cifar_epoch(name: str, quick: bool) -> Case:
         return contestant(training, epoch)
 
     def contestant(
-        training: Training | JaxTraining, epoch: Callable[[SimpleNamespace, bool], Iterable[Any]]
+        training: Training | JaxTraining,
+        epoch: Callable[[SimpleNamespace, bool, Mark], Iterable[Any]],
     ) -> Contestant:
         return Contestant(
-            run=lambda mark: list(epoch(data, True)),
-            outputs=lambda: training.outputs(epoch(few, False)),
+            run=lambda mark: list(epoch(data, True, mark)),
+            outputs=lambda: training.outputs(epoch(few, False, unmarked)),
             reset=training.reset,
             finish=getattr(training, "finish", nothing),
         )

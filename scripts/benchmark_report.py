@@ -48,8 +48,6 @@ def reached(result: Result) -> dict[str, tuple[str, bool]]:
     """Goal -> how it is said, and whether it is reached; those of peers that ran."""
     found: dict[str, tuple[str, bool]] = {}
     ran = result["contestants"]
-    if OURS not in ran:
-        return found
     ours = ran[OURS]["seconds"]
     for goal, value in result["goals"].items():
         if goal == "seconds":
@@ -110,16 +108,15 @@ def table(results: Sequence[Result]) -> Table:
             Text(f"✓ {text}", "green") if fine else Text(f"✗ {text}", "red")
             for text, fine in goals.values()
         )
-        ours = duration(ran[OURS]["seconds"]) if OURS in ran else "skipped"
-        floor = result["floor"] if OURS in ran else None
+        ours, floor = ran[OURS]["seconds"], result["floor"]
         made.add_row(
             result["case"],
             str(result["threads"]),
-            Text(ours, style="bold"),
+            Text(duration(ours), style="bold"),
             *map(cell, PEERS),
             goal,
             duration(floor) if floor else "",
-            f"{floor / ran[OURS]['seconds']:.0%}" if floor else "",
+            f"{floor / ours:.0%}" if floor else "",
         )
         for name, library in EXTRAS.items():
             if name in ran:

@@ -342,8 +342,6 @@ class Training:
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         optimizer: Any = torch.optim.SGD
         if library == OURS:
-            import torchbp.optim
-
             self.model = torchbp.nn.MLP.from_sequential(sequential)
             self.criterion = torchbp.nn.CrossEntropyLoss()
             optimizer = torchbp.optim.SGD
@@ -397,13 +395,6 @@ class Training:
         return {"losses": found, "parameters": np.concatenate(parameters)}
 
 
-def compiled_step(training: Training) -> Any:
-    """Forward, backward and update in one operation."""
-    from torchbp import compile_step
-
-    return compile_step(training.model, training.optimizer)
-
-
 def autograd_steps(sizes: Sequence[int], batches: Batches, library: str) -> Contestant:
     training = Training(sizes, library)
     compared = batches * COMPARED if len(batches) == 1 else batches
@@ -421,13 +412,13 @@ def autograd_steps(sizes: Sequence[int], batches: Batches, library: str) -> Cont
 def fused_steps(sizes: Sequence[int], batches: Batches) -> Contestant:
     """compile_step; where there are many steps, all of them in one call."""
     training = Training(sizes, OURS)
-    step = compiled_step(training)
+    step = torchbp.compile_step(training.model, training.optimizer)
     one = len(batches) == 1
     xs, targets = (torch.stack(column) for column in zip(*batches, strict=True))
     x, target = batches[0]
 
     def run(mark: Mark) -> Tensor:
-        return step(x, target) if one else step.scan(xs, targets)  # type: ignore[no-any-return]
+        return step(x, target) if one else step.scan(xs, targets)
 
     def outputs() -> Outputs:
         return training.outputs(run(unmarked) for _ in range(COMPARED if one else 1))
@@ -733,7 +724,7 @@ def cifar_epoch(name: str, quick: bool) -> Case:
 
     def ours() -> Contestant:
         training = Training(SIZES, OURS)
-        step = compiled_step(training)
+        step = torchbp.compile_step(training.model, training.optimizer)
 
         def epoch(data: SimpleNamespace, augment: bool, mark: Mark) -> Iterator[Tensor]:
             yield step.epoch(loader(data, augment, False))

@@ -178,14 +178,14 @@ def test_fewer_images_than_components(script: ModuleType) -> None:
 
 def test_evaluate(script: ModuleType) -> None:
     """The views, each computed on its own with another way of shifting."""
-    prepare, _ = components(script, 60, 0.5)
+    prepare, _ = components(script, 100, 0.5)
     model = torchbp.nn.MLP([20, 10])
-    test = torch.utils.data.TensorDataset(torch.arange(30))
-    test.images, test.targets = images(30).images, torch.arange(30) % 10  # type: ignore[attr-defined]
+    test = torch.utils.data.TensorDataset(torch.arange(1000))
+    test.images, test.targets = images(1000).images, torch.arange(1000) % 10  # type: ignore[attr-defined]
     loader = prepare.batches  # type: ignore[attr-defined]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loader.mean, loader.std))
     x = (test.images / 255 - mean) / std  # type: ignore[attr-defined]
-    total = torch.zeros(30, 10)
+    total = torch.zeros(1000, 10)
     for axis, step, weight in ((2, 0, 2), (2, 1, 1), (2, -1, 1), (3, 1, 1), (3, -1, 1)):
         view = x.roll(step, axis)
         if step:

@@ -67,10 +67,13 @@ class Recipe:
 
 RECIPES = {
     60: Recipe(
-        limit=60, hidden=(512, 256), epochs=8, batch_size=128, lr=0.1, components=512, shift=1
+        limit=60, hidden=(512, 256), epochs=9, batch_size=128, lr=0.1, components=512, shift=1
     ),
     65: Recipe(
-        limit=600, hidden=(1024, 512), epochs=20, batch_size=128, lr=0.1, components=512, shift=1
+        limit=600, hidden=(1024, 512), epochs=18, batch_size=128, lr=0.1, components=512, shift=1
+    ),
+    70: Recipe(
+        limit=600, hidden=(2048, 1024), epochs=50, batch_size=256, lr=0.1, components=512, shift=2
     ),
 }
 SAMPLE = 10_000  # images that the components are computed from

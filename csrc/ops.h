@@ -103,7 +103,7 @@ constexpr const char* name_of() {
 template <class Backend, Kernel kernel>
 Tensor unary_with(const Tensor& x, double parameter) {
   check_floating(name_of<kernel>(), "x", x);
-  const Tensor y = torch::stable::empty_like(x);
+  const Tensor y = new_like(x);
   Backend::elementwise(kernel, make_loop({&y, &x}, parameter));
   return y;
 }
@@ -119,7 +119,7 @@ Tensor unary_backward_with(const Tensor& dy, const Tensor& saved, double paramet
   check_floating(name_of<kernel>(), "dy", dy);
   check_like(name_of<kernel>(), "saved", saved, dy);
   check_shape(name_of<kernel>(), "saved", saved, dy.sizes());
-  const Tensor dx = torch::stable::empty_like(saved);
+  const Tensor dx = new_like(saved);
   Backend::elementwise(kernel, make_loop({&dx, &dy, &saved}, parameter));
   return dx;
 }
@@ -149,8 +149,8 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   check_floating(op, "a", a);
   check_like(op, "b", b, a);
   const auto shape = broadcast_shape(op, a, b);
-  const Tensor y = has_shape(a, shape)   ? torch::stable::empty_like(a)
-                   : has_shape(b, shape) ? torch::stable::empty_like(b)
+  const Tensor y = has_shape(a, shape)   ? new_like(a)
+                   : has_shape(b, shape) ? new_like(b)
                                          : empty(shape, a.scalar_type(), a);
   Backend::elementwise(kernel, make_loop({&y, &a, &b}));
   return y;
@@ -168,7 +168,7 @@ inline Tensor reduce_to(const Tensor& full, const Tensor& input) {
 }
 
 inline Tensor gradient_buffer(const Tensor& dy, const Tensor& input) {
-  return same_shape(dy, input) ? torch::stable::empty_like(input) : empty(sizes_of(dy), dy.scalar_type(), dy);
+  return same_shape(dy, input) ? new_like(input) : empty(sizes_of(dy), dy.scalar_type(), dy);
 }
 
 inline void check_binary_backward(const char* op, const Tensor& dy, const Tensor& a, const Tensor& b) {
@@ -219,7 +219,7 @@ inline Tensor affine(const Tensor& x, const Tensor& weight, const std::optional<
 template <class Backend>
 std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activation, double parameter) {
   if (!activation.any) return {z, nothing(z)};
-  const Tensor y = activation.saves_x ? torch::stable::empty_like(z) : z;
+  const Tensor y = activation.saves_x ? new_like(z) : z;
   Backend::elementwise(activation.forward, make_loop({&y, &z}, parameter));
   return {y, activation.saves_x ? z : nothing(z)};
 }
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activatio
 template <class Backend>
 Tensor activate_backward(const Tensor& dy, const Tensor& saved, const Activation& activation, double parameter) {
   if (!activation.any) return dy;
-  const Tensor dz = torch::stable::empty_like(saved);
+  const Tensor dz = new_like(saved);
   Backend::elementwise(activation.backward, make_loop({&dz, &dy, &saved}, parameter));
   return dz;
 }

@@ -167,6 +167,14 @@ public:
 
   float* batch() { return batch_; }
 
+  // Of the last step, before its update.
+  Tensor logits() const {
+    const Tensor result = torch::stable::empty(std::vector<int64_t>{ce_.n, ce_.classes}, ScalarType::Float,
+                                               std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    std::copy_n(logits_, ce_.n * ce_.classes, data_of(result));
+    return result;
+  }
+
   // Runs one step on x [n, in] and its targets; hyper: a row for each group. Returns the loss before it.
   float step(Matrix x, const int64_t* target, const double* hyper) {
     forward(net_, x, {logits_, ce_.classes, 1});
@@ -291,6 +299,9 @@ Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::opt
   return losses;
 }
 
+// The logits [n, C] of the last step, before its update.
+Tensor logits(int64_t number) { return trainer_of(number)->logits(); }
+
 void close(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex);
   trainers.erase(number);
@@ -308,6 +319,7 @@ STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
   m.def(
       "epoch(int trainer, Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
       "Tensor targets, int batch_size, bool drop_last, float[] hyper) -> Tensor");
+  m.def("logits(int trainer) -> Tensor");
   m.def("close(int trainer) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
@@ -316,5 +328,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
   m.impl("epoch", TORCH_BOX(&torchbp::epoch));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CompositeExplicitAutograd, m) {
+  m.impl("logits", TORCH_BOX(&torchbp::logits));
   m.impl("close", TORCH_BOX(&torchbp::close));
 }

@@ -823,6 +823,34 @@ def test_bad_schedulers() -> None:
             run(ExponentialLR(optimizer_of(relu_mlp()), 0.5))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_logits_are_those_before_the_update(first: bool) -> None:
+    """Of the first step, which runs through autograd, and of one that does not."""
+    model = relu_mlp()
+    step = compile_step(model, optimizer_of(model, "SGD", **SGD))
+    with pytest.raises(RuntimeError, match="no logits before the first step"):
+        step.logits()
+    for x, target in batches(1 if first else 2):
+        with torch.no_grad():
+            wanted = model(x)
+        step(x, target)
+    torch.testing.assert_close(step.logits(), wanted)
+
+
+def test_copies_have_trainers_of_their_own() -> None:
+    model = relu_mlp()
+    step = compile_step(model, optimizer_of(model, "SGD", **SGD))
+    before = batches(2)
+    for batch in before:
+        step(*batch)
+    other = copy.deepcopy(step)
+    assert torch.equal(step(*before[0]), other(*before[0]))
+    for mine, theirs in zip(model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    del step
+    other(*before[1])
+
+
 # ---- the operation itself
 
 
@@ -888,10 +916,10 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
     "width": ("sgd", put("xs", torch.ones(5, 4)), r"xs wants shape \(N, 3\)"),
     "target dtype": ("sgd", put("targets", torch.ones(5)), "targets wants .* int64"),
     "target shape": ("sgd", put("targets", torch.ones(4).long()), "targets wants the shape"),
-    "target range": ("sgd", put("targets", torch.full((5,), 2)), "target 2 in row . is out of rang"),
+    "target range": ("sgd", put("targets", torch.full((5,), 2)), "target 2 in row . is out"),
     "no weights": ("sgd", put("weights", []), "weights wants at least one"),
     "biases": ("sgd", lambda call: call.biases.pop(), "biases wants none or 2"),
-    "weight dtype": ("sgd", put("weights", 0, torch.ones(4, 3).double()), "weights wants .* float32"),
+    "weight dtype": ("sgd", put("weights", 0, torch.ones(4, 3).half()), "weights wants .* float32"),
     "weight strides": ("sgd", put("weights", 0, torch.ones(3, 4).T), "weights wants a contiguous"),
     "weight shape": ("sgd", put("weights", 1, torch.ones(2, 5)), "follow on one another"),
     "bias shape": ("sgd", put("biases", 0, torch.ones(3)), r"biases wants shape \(4\)"),

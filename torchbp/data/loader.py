@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-
 # What the kernel writes.
 FUSED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +34,11 @@ class Plan(NamedTuple):
     flip: torch.Tensor | None
     shift: torch.Tensor | None
     target: torch.Tensor
+
+    def of(self, rows: slice) -> Plan:
+        """The plan of some of the images."""
+        flip, shift = (None if part is None else part[rows] for part in (self.flip, self.shift))
+        return Plan(self.order[rows], flip, shift, self.target[rows])
 
 
 class BatchLoader:
@@ -173,8 +177,9 @@ class BatchLoader:
         read = self._read if fused else self._read_in_steps
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             rows = slice(start, start + self.batch_size)
-            x = read(*(None if part is None else part[rows] for part in plan[:3]))
-            target = plan.target[rows].to(self.device, copy=True)
+            of_batch = plan.of(rows)
+            x = read(*of_batch[:3])
+            target = of_batch.target.to(self.device, copy=True)
             yield (x.flatten(1) if self.flatten else x), target
 
     def _plan(self, epoch: int) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from operator import is_
@@ -16,7 +15,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import functional, nn
-from ..data.loader import BatchLoader, Plan
+from ..data.loader import BatchLoader
 from ..functions import check
 from ..functions.gate import is_traced
 from ..functions.products import ACTIVATIONS
@@ -33,6 +32,7 @@ for _name in ("open", "steps", "epoch"):
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
 _run_epoch = torch.ops.torchbp_trainer.epoch.default._op
+_logits_of = torch.ops.torchbp_trainer.logits.default._op
 _close_trainer = torch.ops.torchbp_trainer.close.default._op
 _increment_version = torch._C._increment_version
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -106,6 +106,13 @@ class CompiledStep:
         model, optimizer, label_smoothing: as they were given.
     """
 
+    _parameters: list[Tensor]
+    _weights: list[Tensor]
+    _biases: list[Tensor]
+    _activation: tuple[str, float]
+    _groups: list[int]
+    _kept: list[Tensor] | None  # the state that the trainer has, if there is one
+
     def __init__(
         self, model: torch.nn.Module, optimizer: Optimizer, label_smoothing: float = 0.0
     ) -> None:
@@ -123,6 +130,7 @@ class CompiledStep:
         self._rule = _RULES[type(optimizer)]
         self._row = _ROWS[self._rule]
         self._close: Callable[[], Any] | None = None
+        self._logits: Tensor | None = None  # of the last step, if that was through autograd
         self._build()
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
@@ -149,6 +157,18 @@ class CompiledStep:
             self._check_batch(x, target)
             return self._through_autograd(x, target)
         return self._run(x, target, state, hyper)
+
+    def logits(self) -> Tensor:
+        """What the model said to the last batch, before its update: float32 [B, C].
+
+        Raises:
+            RuntimeError: there was no step yet.
+        """
+        if self._logits is not None:
+            return self._logits
+        if self._kept is None:
+            raise RuntimeError(f"{_OP}: there are no logits before the first step")
+        return _logits_of(self._trainer)
 
     def scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None = None) -> Tensor:
         """Train on a row of batches in one call, as jax.lax.scan would.
@@ -215,10 +235,7 @@ class CompiledStep:
         loader.epoch += 1
         losses = []
         if count and self._state(self._hyper()) is None:  # the first batch makes it
-            first, plan = (
-                Plan(*(None if part is None else part[rows] for part in plan))
-                for rows in (slice(size), slice(size, None))
-            )
+            first, plan = plan.of(slice(size)), plan.of(slice(size, None))
             losses.append(self(loader._read(*first[:3]).flatten(1), first.target).reshape(1))
             if scheduler is not None:
                 scheduler.step()
@@ -230,10 +247,8 @@ class CompiledStep:
                 loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
                 size, loader.drop_last, self._hyper_of(count, scheduler),
             )  # fmt: skip
-            example = loader._read(*(None if part is None else part[:1] for part in plan[:3]))
-            losses.append(
-                self._train(_run_epoch, arguments, state, (example.flatten(1), plan.target[:1]))
-            )
+            example = loader._read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
+            losses.append(self._train(_run_epoch, arguments, state, example))
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _epoch(
@@ -272,6 +287,7 @@ class CompiledStep:
             if kept is None or len(state) != len(kept) or not all(map(is_, state, kept)):  # type: ignore[arg-type]
                 self._open(state)  # type: ignore[arg-type]
             losses = operation(self._trainer, *arguments)
+            self._logits = None
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
             self._check_batch(*batch, many=isinstance(batch[0], Tensor) and batch[0].dim() == 3)
@@ -350,6 +366,7 @@ class CompiledStep:
             for p, grad in zip(self._trained, fresh, strict=True):
                 p.grad = grad
             self.optimizer.step()
+            self._logits = logits.detach()
         finally:
             for p, before in zip(everything, grads, strict=True):
                 p.grad = before
@@ -375,7 +392,7 @@ class CompiledStep:
     def _build(self) -> None:
         """Look at model and optimizer, and raise what stands in the way."""
         self._seen: list[Any] = []  # so that the next step looks again if this raises
-        self._kept: list[Tensor] | None = None  # the state that the trainer has, if there is one
+        self._kept = None
         model, optimizer = self.model, self.optimizer
         layers = self._check_layers()
         plan = _Plan(layers)

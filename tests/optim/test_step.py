@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, ReduceLROnPlateau
 import torchbp
 from tests.compare import assert_same
 from tests.optim.test_optimizers import Calls, calls
-from torchbp import compile_step, nn
+from torchbp import _C, compile_step, nn
 from torchbp.data import BatchLoader
 from torchbp.train import load_checkpoint, save_checkpoint
 
@@ -916,3 +916,19 @@ def test_momentum_in_some_steps_alone() -> None:
     with pytest.raises(RuntimeError, match="hyper wants a momentum in every step of a group"):
         ops.train_mlp(*call)
     assert_same(call[2:5], before[2:5], rtol=0, atol=0)
+
+
+def test_unchanged() -> None:
+    """What the step asks before it runs: identity, not equality."""
+    value, group = [1.5], {"lr": 0.5}
+    owner = SimpleNamespace(state=value)
+    holds = ((group, "lr", group["lr"]), (value, 0, value[0]), (owner, "state", value))
+    sizes = ((group, None, 1), (value, None, 1))
+    assert _C.unchanged((*holds, *sizes))
+    for broken in (
+        (group, "lr", float("0.5")), (group, "momentum", 0.5), (value, 1, 1.5), (value, 0, None),
+        (owner, "state", [1.5]), (group, None, 2), (value, None, 0),
+    ):  # fmt: skip
+        assert not _C.unchanged((*holds, *sizes, broken))
+    with pytest.raises(AttributeError):
+        _C.unchanged(((owner, "missing", None),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .. import functional, nn
+from .. import _C, functional, nn
 from ..functions import check
 from ..functions.gate import is_traced
 from ..functions.products import ACTIVATIONS
@@ -28,11 +27,13 @@ __all__ = ["CompiledStep", "compile_step"]
 
 _train = torch.ops.torchbp.train_mlp.default._op
 _increment_version = torch._C._increment_version
+_unchanged = _C.unchanged
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
 _IGNORE = -100  # torch's default ignore_index
 _HINT = "or train through autograd"
+_NEVER: tuple[tuple[object, object, object], ...] = (([], None, 1),)  # conditions that do not hold
 
 #: The optimizers whose rules the operation knows, by its name for them.
 _RULES: dict[type[Optimizer], str] = {
@@ -81,12 +82,12 @@ def compile_step(
             parameters are looked for here alone.
 
     Example:
-        >>> model = nn.MLP([2, 8, 2])
+        >>> model = nn.MLP([2, 8, 2], activation="tanh")
         >>> optimizer = SGD(model.parameters(), lr=0.5)
         >>> step = compile_step(model, optimizer)
         >>> x, target = torch.eye(2), torch.tensor([0, 1])
         >>> losses = [step(x, target).item() for _ in range(50)]
-        >>> losses[-1] < 0.1 * losses[0]
+        >>> losses[-1] < 0.5 * losses[0]
         True
     """
     return CompiledStep(model, optimizer, label_smoothing)
@@ -133,14 +134,11 @@ class CompiledStep:
         """
         if is_traced():
             return _outside_of_the_graph(self, x, target)
-        if self._changed():
-            self._build()
-        hyper = self._hyper()
-        state = self._state(hyper)
-        if state is None or getattr(x, "requires_grad", True):
+        hyper = self._prepare()
+        if self._state is None or getattr(x, "requires_grad", True):
             self._check_batch(x, target)
             return self._through_autograd(x, target)
-        return self._run(x, target, state, hyper)
+        return self._run(x, target, hyper)
 
     def scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None = None) -> Tensor:
         """Train on a row of batches in one call, as jax.lax.scan would.
@@ -158,23 +156,22 @@ class CompiledStep:
         """
         self._check_batch(xs, targets, many=True)
         self._check_scheduler(scheduler)
-        if self._changed():
-            self._build()
+        hyper = self._prepare()
         losses = []
-        if len(xs) and self._state(self._hyper()) is None:
+        if len(xs) and self._state is None:
             losses.append(self(xs[0], targets[0]).reshape(1))
             if scheduler is not None:
                 scheduler.step()
             xs, targets = xs[1:], targets[1:]
+            hyper = self._prepare()
         if len(xs):
-            hyper = first = self._hyper()
             if scheduler is not None:
                 self.optimizer._opt_called = True  # type: ignore[attr-defined]
                 hyper = []
                 for _ in range(len(xs)):
                     hyper += self._hyper()
                     scheduler.step()
-            losses.append(self._run(xs, targets, self._state(first), hyper))
+            losses.append(self._run(xs, targets, hyper))
         return torch.cat(losses) if losses else xs.new_empty(0)
 
     def epoch(
@@ -219,14 +216,18 @@ class CompiledStep:
 
     # ---- the step
 
-    def _run(
-        self, x: Tensor, target: Tensor, state: list[Tensor] | None, hyper: list[float]
-    ) -> Tensor:
+    def _prepare(self) -> list[float]:
+        """The hyperparameters of a step, after a look at whether all is as `_build` saw it."""
+        if not _unchanged(self._conditions) or _any_autocast():
+            self._build()
+        hyper = self._hyper()
+        if [hyper[i] != 0 for i in self._momenta] != self._has_momentum:
+            self._find_state(hyper)
+        return hyper
+
+    def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
         try:
-            losses: Tensor = _train(
-                x, target, self._weights, self._biases, state, *self._activation,
-                self.label_smoothing, self._rule, self._groups, hyper,
-            )  # fmt: skip
+            losses: Tensor = _train(x, target, *self._arguments, hyper)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
             self._check_batch(x, target, many=isinstance(x, Tensor) and x.dim() == 3)
@@ -241,25 +242,6 @@ class CompiledStep:
         """The hyperparameters of the groups in use, one row after the other."""
         groups, row = self.optimizer.param_groups, self._row
         return [value for i in self._used for value in row(groups[i])]
-
-    def _state(self, hyper: list[float]) -> list[Tensor] | None:
-        """The optimizer's state of what is trained, in order; None if some is missing."""
-        state = self.optimizer.state
-        result: list[Tensor] = []
-        if self._rule == "adamw":
-            for p in self._trained:
-                slot = state.get(p)
-                if not slot:
-                    return None
-                result += slot["exp_avg"], slot["exp_avg_sq"], slot["step"]
-            return result
-        for p, momentum in zip(self._trained, self._momentum, strict=True):
-            if hyper[momentum]:
-                buffer = state[p].get("momentum_buffer")
-                if buffer is None:
-                    return None
-                result.append(buffer)
-        return result
 
     def _through_autograd(self, x: Tensor, target: Tensor) -> Tensor:
         """The step in ordinary operations, which makes the optimizer's state."""
@@ -284,72 +266,49 @@ class CompiledStep:
 
     # ---- what it rests on
 
-    def _changed(self) -> bool:
-        """Whether anything is different from what `_build` saw, or in the way."""
-        seen = [value for owner in self._owners for value in owner.values()]
-        for group in self.optimizer.param_groups:
-            seen.append(group)
-            seen += group["params"]
-        return (
-            len(seen) != len(self._seen)
-            or not all(map(is_, seen, self._seen))
-            or [p.requires_grad for p in self._parameters] != self._requires_grad
-            or any(self._hooks)
-            or any(layer.training for layer in self._dropouts)
-            or _any_autocast()
-        )
-
     def _build(self) -> None:
-        """Look at model and optimizer, and raise what stands in the way."""
-        self._seen: list[Any] = []  # so that the next step looks again if this raises
-        model, optimizer = self.model, self.optimizer
+        """Look at model and optimizer, raise what stands in the way, and keep what a step needs.
+
+        The conditions, of which `_C.unchanged` knows the form, are what all this rests on.
+        """
+        self._conditions = _NEVER  # so that the next step looks again if this raises
+        if torch.is_autocast_enabled("cpu"):
+            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
+        self._seen: list[tuple[object, object, object]] = []
         layers = self._check_layers()
         plan = _Plan(layers)
         self._weights, self._biases, self._name = plan.weights, plan.biases, plan.activation
-        self._activation = ACTIVATIONS[self._name].arguments
-        self._parameters = [*self._weights, *self._biases]
-        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        self._check_parameters(names)
-        self._dropouts = [d for d in layers if isinstance(d, torch.nn.Dropout) and d.p]
-        if any(layer.training for layer in self._dropouts):
-            raise ValueError(f"{_OP}: model wants no active dropout: call model.eval(), {_HINT}")
-        if torch.is_autocast_enabled("cpu"):
-            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
+        self._check_parameters()
+        self._check_groups()
+        self._layers = ACTIVATIONS[self._name].arguments
+        self._find_state(self._hyper())
 
-        self._requires_grad = [p.requires_grad for p in self._parameters]
-        self._trained = [p for p in self._parameters if p.requires_grad]
-        of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        for p in self._trained:
-            if id(p) not in of:
-                raise ValueError(
-                    f"{_OP}: {names[id(p)]} is not in the optimizer: "
-                    "add it, or set requires_grad=False"
-                )
-        self._used = sorted({of[id(p)] for p in self._trained})
-        for i in self._used:
-            for option in ("amsgrad", "capturable", "differentiable"):
-                if optimizer.param_groups[i].get(option):
-                    raise ValueError(
-                        f"{_OP}: optimizer wants {option}=False in all groups: "
-                        f"make it without, {_HINT}"
-                    )
-        # Of each parameter the row of hyperparameters; of each that is trained where momentum is.
-        self._groups = [
-            self._used.index(of[id(p)]) if p.requires_grad else -1 for p in self._parameters
-        ]
-        width = len(self._row(optimizer.param_groups[0]))
-        self._momentum = [width * group + 1 for group in self._groups if group >= 0]
-        self._check_state(names)
-
-        linears = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
-        containers = [] if layers == [model] else [model._modules]
-        self._owners: list[dict[str, Any]] = [
-            *containers,
-            *(layer._parameters for layer in linears),
-        ]
-        self._seen = [value for owner in self._owners for value in owner.values()]
-        for group in optimizer.param_groups:
-            self._seen += [group, *group["params"]]
+    def _find_state(self, hyper: list[float]) -> None:
+        """Keep the optimizer's state of what is trained, in order; None if some is missing."""
+        state, result = self.optimizer.state, []
+        seen: list[tuple[object, object, object]] = [(self.optimizer, "state", state)]
+        self._has_momentum = [hyper[i] != 0 for i in self._momenta]
+        self._state: list[Tensor] | None = None
+        self._conditions = _NEVER
+        for p, group in zip(self._trained, self._groups_of_trained, strict=True):
+            if self._rule == "sgd" and not self._has_momentum[group]:
+                continue
+            slot = state.get(p, {})
+            for key in _STATE[self._rule]:
+                value = slot.get(key)
+                if value is None:
+                    return
+                if key != "step":
+                    self._check_state(f"the optimizer's {key} of {self._names[id(p)]}", value, p)
+                seen.append((slot, key, value))
+                result.append(value)
+            seen.append((state, p, slot))
+        self._state = result
+        self._arguments = (
+            self._weights, self._biases, result, *self._layers, self.label_smoothing,
+            self._rule, self._groups,
+        )  # fmt: skip
+        self._conditions = (*self._seen, *seen)
 
     def _check_layers(self) -> list[torch.nn.Module]:
         """The layers of the model."""
@@ -372,14 +331,24 @@ class CompiledStep:
             except ValueError as error:
                 raise ValueError(f"{_OP}: {error}: {_HINT[3:]}") from None
             layers = list(model)
-        self._hooks = [*_GLOBAL_HOOKS]
+            self._seen.append((model._modules, None, len(layers)))
+            self._seen += [(model._modules, *item) for item in model._modules.items()]
+        hooks: list[Any] = [*_GLOBAL_HOOKS]
         for module in (model, *layers):
-            self._hooks += [vars(module)[name] for name in _HOOKS]
+            hooks += [vars(module)[name] for name in _HOOKS]
             if "forward" in vars(module):
                 raise ValueError(
                     f"{_OP}: {type(module).__name__} has a forward of its own: {_HINT[3:]}"
                 )
-        if any(self._hooks):
+            if isinstance(module, torch.nn.Linear):
+                self._seen += [(module._parameters, *item) for item in module._parameters.items()]
+            if isinstance(module, torch.nn.Dropout) and module.p:
+                if module.training:
+                    raise ValueError(
+                        f"{_OP}: model wants no active dropout: call model.eval(), {_HINT}"
+                    )
+                self._seen.append((module, "training", False))
+        if any(hooks):
             raise ValueError(f"{_OP}: modules want no hooks: remove them, {_HINT}")
         of_optimizer = [
             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
@@ -388,17 +357,20 @@ class CompiledStep:
         ]  # fmt: skip
         if any(of_optimizer):
             raise ValueError(f"{_OP}: optimizer wants no step hooks: remove them, {_HINT}")
-        self._hooks += of_optimizer  # type: ignore[arg-type]
+        self._seen += [(hook, None, 0) for hook in (*hooks, *of_optimizer)]
         return layers
 
-    def _check_parameters(self, names: dict[int, str]) -> None:
+    def _check_parameters(self) -> None:
+        model = self.model
+        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self._parameters = [*self._weights, *self._biases]
         seen: set[int] = set()
         for p in self._parameters:
-            name = names.get(id(p), "a weight that is no parameter")
+            name = self._names.get(id(p), "a weight that is no parameter")
             if id(p) in seen:
                 raise ValueError(f"{_OP}: {name} is used twice: tied weights want autograd")
             seen.add(id(p))
-            if id(p) not in names:
+            if id(p) not in self._names:
                 raise ValueError(f"{_OP}: model has {name}: {_HINT[3:]}")
             if p.dtype != torch.float32:
                 raise TypeError(f"{_OP}: {name} wants float32, got {p.dtype}: call model.float()")
@@ -408,16 +380,45 @@ class CompiledStep:
                 raise ValueError(f"{_OP}: {name} wants contiguous memory, got stride {p.stride()}")
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise ValueError(f"{_OP}: {name} wants no hooks: remove them, {_HINT}")
+            self._seen.append((p, "requires_grad", p.requires_grad))
+        self._trained = [p for p in self._parameters if p.requires_grad]
 
-    def _check_state(self, names: dict[int, str]) -> None:
+    def _check_groups(self) -> None:
+        """Where the hyperparameters of each parameter are."""
+        groups = self.optimizer.param_groups
+        of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         for p in self._trained:
-            for key, value in self.optimizer.state.get(p, {}).items():
-                if key in _STATE[self._rule] and key != "step" and value is not None:
-                    what = f"the optimizer's {key} of {names[id(p)]}"
-                    check.like(_OP, what, value, "its parameter", p)
-                    check.shape(_OP, what, value, tuple(p.shape))
-                    if not value.is_contiguous():
-                        raise ValueError(f"{_OP}: {what} wants contiguous memory")
+            if id(p) not in of:
+                raise ValueError(
+                    f"{_OP}: {self._names[id(p)]} is not in the optimizer: "
+                    "add it, or set requires_grad=False"
+                )
+        self._used = sorted({of[id(p)] for p in self._trained})
+        self._groups_of_trained = [self._used.index(of[id(p)]) for p in self._trained]
+        row = iter(self._groups_of_trained)
+        self._groups = [next(row) if p.requires_grad else -1 for p in self._parameters]
+        self._seen += [(self.optimizer, "param_groups", groups), (groups, None, len(groups))]
+        for i in self._used:
+            group = groups[i]
+            self._seen += [(groups, i, group), (group, "params", group["params"])]
+            self._seen.append((group["params"], None, len(group["params"])))
+            self._seen += [(group["params"], k, p) for k, p in enumerate(group["params"])]
+            for option in ("amsgrad", "capturable", "differentiable"):
+                if group.get(option):
+                    raise ValueError(
+                        f"{_OP}: optimizer wants {option}=False in all groups: "
+                        f"make it without, {_HINT}"
+                    )
+                if option in group:
+                    self._seen.append((group, option, group[option]))
+        width = len(self._row(groups[0]))
+        self._momenta = [width * k + 1 for k in range(len(self._used)) if self._rule == "sgd"]
+
+    def _check_state(self, what: str, value: Tensor, p: Tensor) -> None:
+        check.like(_OP, what, value, "its parameter", p)
+        check.shape(_OP, what, value, tuple(p.shape))
+        if not value.is_contiguous():
+            raise ValueError(f"{_OP}: {what} wants contiguous memory, got stride {value.stride()}")
 
     def _check_batch(self, x: Any, target: Any, many: bool = False) -> None:
         """Raise what is wrong with a batch, or with a row of batches."""

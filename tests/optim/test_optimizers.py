@@ -563,15 +563,15 @@ def test_large_memory_format_in_threads(threads: Callable[[int], None]) -> None:
 def sgd_call(requires_grad: bool = False) -> tuple[Any, ...]:
     ps = [torch.randn(3, 4, requires_grad=requires_grad), torch.randn(5), torch.randn(2)]
     grads, buffers = [torch.randn_like(p) for p in ps], [torch.randn(2)]
-    hyper = [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.9, 0.0, 0.1, 1.0, 1.0]
-    return ps, grads, buffers, [2, 1], hyper
+    groups = [2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 1, 0.2, 0.9, 0.0, 0.1, 1.0, 1.0]
+    return ps, grads, buffers, groups
 
 
 def adamw_call(requires_grad: bool = False) -> tuple[Any, ...]:
     ps = [torch.randn(3, 4, requires_grad=requires_grad), torch.randn(5)]
     kept = [[torch.rand_like(p) for p in ps] for _ in range(3)]
     steps = [torch.tensor(3.0), torch.tensor(4.0, dtype=torch.float64)]
-    return ps, *kept, steps, [2], [0.1, 0.9, 0.99, 1e-8, 0.1, 0.0]
+    return ps, *kept, steps, [2, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.0]
 
 
 CALLS = {"sgd_": sgd_call, "adamw_": adamw_call}
@@ -592,10 +592,10 @@ REFUSALS: dict[str, tuple[str, Callable[[list[Any]], Any], str]] = {
     "fewer gradients": ("sgd_", lambda a: a[1].pop(), "grads wants 3 of them, got 2"),
     "fewer buffers": ("sgd_", lambda a: a[2].pop(), "momentum_buffers wants one for each"),
     "more buffers": ("sgd_", lambda a: a[2].append(a[2][0]), "momentum_buffers wants 1 of them"),
-    "counts": ("sgd_", lambda a: a.__setitem__(3, [2, 0]), "counts wants 3 of them, got 2"),
-    "more counts": ("sgd_", lambda a: a.__setitem__(3, [2, 3]), "counts adds up to more"),
-    "negative counts": ("sgd_", lambda a: a.__setitem__(3, [4, -1]), "counts"),
-    "hyper": ("sgd_", lambda a: a[4].pop(), "hyper wants 12 of them, got 11"),
+    "less groups": ("sgd_", lambda a: a[3].__setitem__(7, 0), "groups wants 3 .* in all, got 2"),
+    "more groups": ("sgd_", lambda a: a[3].__setitem__(0, 3), "groups wants 3 .* in all, got more"),
+    "negative": ("sgd_", lambda a: a[3].__setitem__(0, -1), "groups wants 3 .* in all, got 1"),
+    "numbers": ("sgd_", lambda a: a[3].pop(), "groups wants 7 numbers each, got 13"),
     "dtype": ("sgd_", lambda a: a[1].__setitem__(2, torch.ones(2).double()), "grads has another"),
     "shape": ("sgd_", lambda a: a[1].__setitem__(2, torch.ones(3)), r"the shape and .* \(2\)"),
     "strides": ("sgd_", lambda a: a[1].__setitem__(0, torch.ones(4, 3).T), "grads wants the shape"),

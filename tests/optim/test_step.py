@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, ReduceLROnPlateau
 import torchbp
 from tests.compare import assert_same
 from tests.optim.test_optimizers import Calls, calls
-from torchbp import compile_step, nn
+from torchbp import _C, compile_step, nn
 from torchbp.data import BatchLoader
 from torchbp.train import load_checkpoint, save_checkpoint
 
@@ -963,3 +963,19 @@ def test_momentum_that_begins_later_is_refused_before_the_first_step() -> None:
 def test_a_trainer_that_was_closed() -> None:
     with pytest.raises(RuntimeError, match="there is no trainer 0"):
         torch.ops.torchbp_trainer.steps(0, torch.ones(5, 3), torch.zeros(5).long(), [])
+
+
+def test_unchanged() -> None:
+    """What the step asks before it runs: identity, not equality."""
+    value, group = [1.5], {"lr": 0.5}
+    owner = SimpleNamespace(state=value)
+    holds = ((group, "lr", group["lr"]), (value, 0, value[0]), (owner, "state", value))
+    sizes = ((group, None, 1), (value, None, 1))
+    assert _C.unchanged((*holds, *sizes))
+    for broken in (
+        (group, "lr", float("0.5")), (group, "momentum", 0.5), (value, 1, 1.5), (value, 0, None),
+        (owner, "state", [1.5]), (group, None, 2), (value, None, 0),
+    ):  # fmt: skip
+        assert not _C.unchanged((*holds, *sizes, broken))
+    with pytest.raises(AttributeError):
+        _C.unchanged(((owner, "missing", None),))

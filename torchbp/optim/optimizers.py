@@ -169,8 +169,7 @@ class SGD(_OneCall, torch.optim.SGD):
         parameters: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor] = []
-        counts: list[int] = []
-        hyper: list[float] = []
+        groups: list[float] = []
         for group in self.param_groups:
             if group["differentiable"] or group["fused"]:
                 return None
@@ -187,9 +186,9 @@ class SGD(_OneCall, torch.optim.SGD):
                     if buffer is None:
                         return None
                     buffers.append(buffer)
-            counts.append(len(grads) - before)
-            hyper += row
-        return parameters, grads, buffers, counts, hyper
+            groups.append(len(grads) - before)
+            groups += row
+        return parameters, grads, buffers, groups
 
 
 class AdamW(_OneCall, torch.optim.AdamW):
@@ -226,8 +225,7 @@ class AdamW(_OneCall, torch.optim.AdamW):
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
-        counts: list[int] = []
-        hyper: list[float] = []
+        groups: list[float] = []
         for group in self.param_groups:
             if group["differentiable"] or group["fused"] or group["amsgrad"] or group["capturable"]:
                 return None
@@ -244,6 +242,6 @@ class AdamW(_OneCall, torch.optim.AdamW):
                 exp_avgs.append(kept["exp_avg"])
                 exp_avg_sqs.append(kept["exp_avg_sq"])
                 steps.append(kept["step"])
-            counts.append(len(grads) - before)
-            hyper += adamw_row(group)
-        return parameters, grads, exp_avgs, exp_avg_sqs, steps, counts, hyper
+            groups.append(len(grads) - before)
+            groups += adamw_row(group)
+        return parameters, grads, exp_avgs, exp_avg_sqs, steps, groups

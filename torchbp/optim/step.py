@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .. import functional, nn
+from .. import _C, functional, nn
 from ..data.loader import BatchLoader
 from ..functions import check
 from ..functions.gate import is_traced
@@ -35,11 +34,13 @@ _run_epoch = torch.ops.torchbp_trainer.epoch.default._op
 _logits_of = torch.ops.torchbp_trainer.logits.default._op
 _close_trainer = torch.ops.torchbp_trainer.close.default._op
 _increment_version = torch._C._increment_version
+_unchanged = _C.unchanged
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
 _IGNORE = -100  # torch's default ignore_index
 _HINT = "or train through autograd"
+_NEVER: tuple[tuple[object, object, object], ...] = (([], None, 1),)  # conditions that do not hold
 
 #: The optimizers whose rules the operation knows, by its name for them.
 _RULES: dict[type[Optimizer], str] = {
@@ -88,12 +89,12 @@ def compile_step(
             parameters are looked for here alone.
 
     Example:
-        >>> model = nn.MLP([2, 8, 2])
+        >>> model = nn.MLP([2, 8, 2], activation="tanh")
         >>> optimizer = SGD(model.parameters(), lr=0.5)
         >>> step = compile_step(model, optimizer)
         >>> x, target = torch.eye(2), torch.tensor([0, 1])
         >>> losses = [step(x, target).item() for _ in range(50)]
-        >>> losses[-1] < 0.1 * losses[0]
+        >>> losses[-1] < 0.5 * losses[0]
         True
     """
     return CompiledStep(model, optimizer, label_smoothing)
@@ -105,13 +106,6 @@ class CompiledStep:
     Attributes:
         model, optimizer, label_smoothing: as they were given.
     """
-
-    _parameters: list[Tensor]
-    _weights: list[Tensor]
-    _biases: list[Tensor]
-    _activation: tuple[str, float]
-    _groups: list[int]
-    _kept: list[Tensor] | None  # the state that the trainer has, if there is one
 
     def __init__(
         self, model: torch.nn.Module, optimizer: Optimizer, label_smoothing: float = 0.0
@@ -129,6 +123,7 @@ class CompiledStep:
         self.model, self.optimizer = model, optimizer
         self._rule = _RULES[type(optimizer)]
         self._row = _ROWS[self._rule]
+        self._trainer: int | None = None
         self._close: Callable[[], Any] | None = None
         self._logits: Tensor | None = None  # of the last step, if that was through autograd
         self._build()
@@ -149,24 +144,21 @@ class CompiledStep:
         """
         if is_traced():
             return _outside_of_the_graph(self, x, target)
-        if self._changed():
-            self._build()
-        hyper = self._hyper()
-        state = self._state(hyper)
-        if state is None or getattr(x, "requires_grad", True):
+        hyper = self._prepare()
+        if self._state is None or getattr(x, "requires_grad", True):
             self._check_batch(x, target)
             return self._through_autograd(x, target)
-        return self._run(x, target, state, hyper)
+        return self._run(x, target, hyper)
 
     def logits(self) -> Tensor:
         """What the model said to the last batch, before its update: float32 [B, C].
 
         Raises:
-            RuntimeError: there was no step yet.
+            RuntimeError: there was no step yet, or model or optimizer were changed after it.
         """
         if self._logits is not None:
             return self._logits
-        if self._kept is None:
+        if self._trainer is None:
             raise RuntimeError(f"{_OP}: there are no logits before the first step")
         return _logits_of(self._trainer)
 
@@ -186,17 +178,17 @@ class CompiledStep:
         """
         self._check_batch(xs, targets, many=True)
         self._check_scheduler(scheduler)
-        if self._changed():
-            self._build()
+        self._prepare()
         losses = []
-        if len(xs) and self._state(self._hyper()) is None:
+        if len(xs) and self._state is None:
             losses.append(self(xs[0], targets[0]).reshape(1))
             if scheduler is not None:
                 scheduler.step()
             xs, targets = xs[1:], targets[1:]
+            self._prepare()
         if len(xs):
-            state = self._state(self._hyper())
-            losses.append(self._run(xs, targets, state, self._hyper_of(len(xs), scheduler)))
+            hyper = self._hyper_of(len(xs), scheduler)
+            losses.append(self._run(xs, targets, hyper))
         return torch.cat(losses) if losses else xs.new_empty(0)
 
     def epoch(
@@ -228,27 +220,26 @@ class CompiledStep:
 
     def _epoch_of_images(self, loader: BatchLoader, scheduler: LRScheduler | None) -> Tensor:
         """An epoch in one call, its batches made on the way."""
-        if self._changed():
-            self._build()
+        self._prepare()
         size, count = loader.batch_size, len(loader)
         plan = loader._plan(loader.epoch)
         loader.epoch += 1
         losses = []
-        if count and self._state(self._hyper()) is None:  # the first batch makes it
+        if count and self._state is None:  # the first batch makes it
             first, plan = plan.of(slice(size)), plan.of(slice(size, None))
             losses.append(self(loader._read(*first[:3]).flatten(1), first.target).reshape(1))
             if scheduler is not None:
                 scheduler.step()
             count -= 1
+            self._prepare()
         if count:
             check_classes(plan.target, self._weights[-1].shape[0], _IGNORE)
-            state = self._state(self._hyper())
             arguments = (
                 loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
                 size, loader.drop_last, self._hyper_of(count, scheduler),
             )  # fmt: skip
             example = loader._read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
-            losses.append(self._train(_run_epoch, arguments, state, example))
+            losses.append(self._train(_run_epoch, arguments, example))
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _epoch(
@@ -269,51 +260,37 @@ class CompiledStep:
 
     # ---- the step
 
-    def _run(
-        self, x: Tensor, target: Tensor, state: list[Tensor] | None, hyper: list[float]
-    ) -> Tensor:
-        return self._train(_run_steps, (x, target, hyper), state, (x, target))
+    def _prepare(self) -> list[float]:
+        """The hyperparameters of a step, after a look at whether all is as `_build` saw it."""
+        if not _unchanged(self._conditions) or _any_autocast():
+            self._build()
+        hyper = self._hyper()
+        if [hyper[i] != 0 for i in self._momenta] != self._has_momentum:
+            self._find_state(hyper)
+        return hyper
+
+    def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
+        return self._train(_run_steps, (x, target, hyper), (x, target))
 
     def _train(
         self,
         operation: Callable[..., Tensor],
         arguments: tuple[Any, ...],
-        state: list[Tensor] | None,
         batch: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Run an operation of the trainer."""
+        """Run an operation of the trainer; `batch` is what to blame if it fails."""
         try:
-            kept = self._kept
-            if kept is None or len(state) != len(kept) or not all(map(is_, state, kept)):  # type: ignore[arg-type]
-                self._open(state)  # type: ignore[arg-type]
             losses = operation(self._trainer, *arguments)
-            self._logits = None
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
             self._check_batch(*batch, many=isinstance(batch[0], Tensor) and batch[0].dim() == 3)
             raise
+        self._logits = None
         # A graph that holds a parameter has to see that it was changed, and a scheduler that there
         # was a step.
         _increment_version(self._trained)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return losses
-
-    def _open(self, state: list[Tensor]) -> None:
-        """Hand parameters and state to a trainer, which keeps them while this object lives."""
-        slots = [0] * len(self._parameters)
-        handed = {id(tensor) for tensor in state}
-        for i, p in enumerate(self._parameters):
-            if p.requires_grad:
-                kept = self.optimizer.state.get(p, {})
-                slots[i] = sum(id(kept.get(key)) in handed for key in _STATE[self._rule])
-        trainer = _open_trainer(
-            self._weights, self._biases, state, *self._activation, self.label_smoothing,
-            self._rule, self._groups, slots,
-        )  # fmt: skip
-        if self._close is not None:
-            self._close()
-        self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer)
-        self._kept = state
 
     def _hyper(self) -> list[float]:
         """The hyperparameters of the groups in use, one row after the other."""
@@ -330,25 +307,6 @@ class CompiledStep:
             hyper += self._hyper()
             scheduler.step()
         return hyper
-
-    def _state(self, hyper: list[float]) -> list[Tensor] | None:
-        """The optimizer's state of what is trained, in order; None if some is missing."""
-        state = self.optimizer.state
-        result: list[Tensor] = []
-        if self._rule == "adamw":
-            for p in self._trained:
-                slot = state.get(p)
-                if not slot:
-                    return None
-                result += slot["exp_avg"], slot["exp_avg_sq"], slot["step"]
-            return result
-        for p, momentum in zip(self._trained, self._momentum, strict=True):
-            if hyper[momentum]:
-                buffer = state[p].get("momentum_buffer")
-                if buffer is None:
-                    return None
-                result.append(buffer)
-        return result
 
     def _through_autograd(self, x: Tensor, target: Tensor) -> Tensor:
         """The step in ordinary operations, which makes the optimizer's state."""
@@ -374,73 +332,59 @@ class CompiledStep:
 
     # ---- what it rests on
 
-    def _changed(self) -> bool:
-        """Whether anything is different from what `_build` saw, or in the way."""
-        seen = [value for owner in self._owners for value in owner.values()]
-        for group in self.optimizer.param_groups:
-            seen.append(group)
-            seen += group["params"]
-        return (
-            len(seen) != len(self._seen)
-            or not all(map(is_, seen, self._seen))
-            or [p.requires_grad for p in self._parameters] != self._requires_grad
-            or any(self._hooks)
-            or any(layer.training for layer in self._dropouts)
-            or _any_autocast()
-        )
-
     def _build(self) -> None:
-        """Look at model and optimizer, and raise what stands in the way."""
-        self._seen: list[Any] = []  # so that the next step looks again if this raises
-        self._kept = None
-        model, optimizer = self.model, self.optimizer
+        """Look at model and optimizer, raise what stands in the way, and keep what a step needs.
+
+        The conditions, of which `_C.unchanged` knows the form, are what all this rests on.
+        """
+        self._conditions = _NEVER  # so that the next step looks again if this raises
+        if torch.is_autocast_enabled("cpu"):
+            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
+        self._seen: list[tuple[object, object, object]] = []
         layers = self._check_layers()
         plan = _Plan(layers)
         self._weights, self._biases, self._name = plan.weights, plan.biases, plan.activation
-        self._activation = ACTIVATIONS[self._name].arguments
-        self._parameters = [*self._weights, *self._biases]
-        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        self._check_parameters(names)
-        self._dropouts = [d for d in layers if isinstance(d, torch.nn.Dropout) and d.p]
-        if any(layer.training for layer in self._dropouts):
-            raise ValueError(f"{_OP}: model wants no active dropout: call model.eval(), {_HINT}")
-        if torch.is_autocast_enabled("cpu"):
-            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
+        self._check_parameters()
+        self._check_groups()
+        self._layers = ACTIVATIONS[self._name].arguments
+        self._find_state(self._hyper())
 
-        self._requires_grad = [p.requires_grad for p in self._parameters]
-        self._trained = [p for p in self._parameters if p.requires_grad]
-        of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        for p in self._trained:
-            if id(p) not in of:
-                raise ValueError(
-                    f"{_OP}: {names[id(p)]} is not in the optimizer: "
-                    "add it, or set requires_grad=False"
-                )
-        self._used = sorted({of[id(p)] for p in self._trained})
-        for i in self._used:
-            for option in ("amsgrad", "capturable", "differentiable"):
-                if optimizer.param_groups[i].get(option):
-                    raise ValueError(
-                        f"{_OP}: optimizer wants {option}=False in all groups: "
-                        f"make it without, {_HINT}"
-                    )
-        # Of each parameter the row of hyperparameters; of each that is trained where momentum is.
-        self._groups = [
-            self._used.index(of[id(p)]) if p.requires_grad else -1 for p in self._parameters
-        ]
-        width = len(self._row(optimizer.param_groups[0]))
-        self._momentum = [width * group + 1 for group in self._groups if group >= 0]
-        self._check_state(names)
+    def _find_state(self, hyper: list[float]) -> None:
+        """Keep the optimizer's state of what is trained, in order; None if some is missing."""
+        state, result = self.optimizer.state, []
+        seen: list[tuple[object, object, object]] = [(self.optimizer, "state", state)]
+        self._has_momentum = [hyper[i] != 0 for i in self._momenta]
+        self._state: list[Tensor] | None = None
+        self._conditions = _NEVER
+        for p, group in zip(self._trained, self._groups_of_trained, strict=True):
+            if self._rule == "sgd" and not self._has_momentum[group]:
+                continue
+            slot = state.get(p, {})
+            for key in _STATE[self._rule]:
+                value = slot.get(key)
+                if value is None:
+                    return
+                if key != "step":
+                    self._check_state(f"the optimizer's {key} of {self._names[id(p)]}", value, p)
+                seen.append((slot, key, value))
+                result.append(value)
+            seen.append((state, p, slot))
+        self._state = result
+        self._open(result)
+        self._conditions = (*self._seen, *seen)
 
-        linears = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
-        containers = [] if layers == [model] else [model._modules]
-        self._owners: list[dict[str, Any]] = [
-            *containers,
-            *(layer._parameters for layer in linears),
-        ]
-        self._seen = [value for owner in self._owners for value in owner.values()]
-        for group in optimizer.param_groups:
-            self._seen += [group, *group["params"]]
+    def _open(self, state: list[Tensor]) -> None:
+        """Hand parameters and state to a trainer, which keeps them while this object lives."""
+        slots = [0 if group < 0 else len(_STATE[self._rule]) for group in self._groups]
+        if self._rule == "sgd":
+            slots = [int(group >= 0 and self._has_momentum[group]) for group in self._groups]
+        trainer = _open_trainer(
+            self._weights, self._biases, state, *self._layers, self.label_smoothing, self._rule,
+            self._groups, slots,
+        )  # fmt: skip
+        if self._close is not None:
+            self._close()
+        self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer)
 
     def _check_layers(self) -> list[torch.nn.Module]:
         """The layers of the model."""
@@ -463,14 +407,24 @@ class CompiledStep:
             except ValueError as error:
                 raise ValueError(f"{_OP}: {error}: {_HINT[3:]}") from None
             layers = list(model)
-        self._hooks = [*_GLOBAL_HOOKS]
+            self._seen.append((model._modules, None, len(layers)))
+            self._seen += [(model._modules, *item) for item in model._modules.items()]
+        hooks: list[Any] = [*_GLOBAL_HOOKS]
         for module in (model, *layers):
-            self._hooks += [vars(module)[name] for name in _HOOKS]
+            hooks += [vars(module)[name] for name in _HOOKS]
             if "forward" in vars(module):
                 raise ValueError(
                     f"{_OP}: {type(module).__name__} has a forward of its own: {_HINT[3:]}"
                 )
-        if any(self._hooks):
+            if isinstance(module, torch.nn.Linear):
+                self._seen += [(module._parameters, *item) for item in module._parameters.items()]
+            if isinstance(module, torch.nn.Dropout) and module.p:
+                if module.training:
+                    raise ValueError(
+                        f"{_OP}: model wants no active dropout: call model.eval(), {_HINT}"
+                    )
+                self._seen.append((module, "training", False))
+        if any(hooks):
             raise ValueError(f"{_OP}: modules want no hooks: remove them, {_HINT}")
         of_optimizer = [
             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
@@ -479,17 +433,20 @@ class CompiledStep:
         ]  # fmt: skip
         if any(of_optimizer):
             raise ValueError(f"{_OP}: optimizer wants no step hooks: remove them, {_HINT}")
-        self._hooks += of_optimizer  # type: ignore[arg-type]
+        self._seen += [(hook, None, 0) for hook in (*hooks, *of_optimizer)]
         return layers
 
-    def _check_parameters(self, names: dict[int, str]) -> None:
+    def _check_parameters(self) -> None:
+        model = self.model
+        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self._parameters = [*self._weights, *self._biases]
         seen: set[int] = set()
         for p in self._parameters:
-            name = names.get(id(p), "a weight that is no parameter")
+            name = self._names.get(id(p), "a weight that is no parameter")
             if id(p) in seen:
                 raise ValueError(f"{_OP}: {name} is used twice: tied weights want autograd")
             seen.add(id(p))
-            if id(p) not in names:
+            if id(p) not in self._names:
                 raise ValueError(f"{_OP}: model has {name}: {_HINT[3:]}")
             if p.dtype != torch.float32:
                 raise TypeError(f"{_OP}: {name} wants float32, got {p.dtype}: call model.float()")
@@ -499,16 +456,45 @@ class CompiledStep:
                 raise ValueError(f"{_OP}: {name} wants contiguous memory, got stride {p.stride()}")
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise ValueError(f"{_OP}: {name} wants no hooks: remove them, {_HINT}")
+            self._seen.append((p, "requires_grad", p.requires_grad))
+        self._trained = [p for p in self._parameters if p.requires_grad]
 
-    def _check_state(self, names: dict[int, str]) -> None:
+    def _check_groups(self) -> None:
+        """Where the hyperparameters of each parameter are."""
+        groups = self.optimizer.param_groups
+        of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         for p in self._trained:
-            for key, value in self.optimizer.state.get(p, {}).items():
-                if key in _STATE[self._rule] and key != "step" and value is not None:
-                    what = f"the optimizer's {key} of {names[id(p)]}"
-                    check.like(_OP, what, value, "its parameter", p)
-                    check.shape(_OP, what, value, tuple(p.shape))
-                    if not value.is_contiguous():
-                        raise ValueError(f"{_OP}: {what} wants contiguous memory")
+            if id(p) not in of:
+                raise ValueError(
+                    f"{_OP}: {self._names[id(p)]} is not in the optimizer: "
+                    "add it, or set requires_grad=False"
+                )
+        self._used = sorted({of[id(p)] for p in self._trained})
+        self._groups_of_trained = [self._used.index(of[id(p)]) for p in self._trained]
+        row = iter(self._groups_of_trained)
+        self._groups = [next(row) if p.requires_grad else -1 for p in self._parameters]
+        self._seen += [(self.optimizer, "param_groups", groups), (groups, None, len(groups))]
+        for i in self._used:
+            group = groups[i]
+            self._seen += [(groups, i, group), (group, "params", group["params"])]
+            self._seen.append((group["params"], None, len(group["params"])))
+            self._seen += [(group["params"], k, p) for k, p in enumerate(group["params"])]
+            for option in ("amsgrad", "capturable", "differentiable"):
+                if group.get(option):
+                    raise ValueError(
+                        f"{_OP}: optimizer wants {option}=False in all groups: "
+                        f"make it without, {_HINT}"
+                    )
+                if option in group:
+                    self._seen.append((group, option, group[option]))
+        width = len(self._row(groups[0]))
+        self._momenta = [width * k + 1 for k in range(len(self._used)) if self._rule == "sgd"]
+
+    def _check_state(self, what: str, value: Tensor, p: Tensor) -> None:
+        check.like(_OP, what, value, "its parameter", p)
+        check.shape(_OP, what, value, tuple(p.shape))
+        if not value.is_contiguous():
+            raise ValueError(f"{_OP}: {what} wants contiguous memory, got stride {value.stride()}")
 
     def _check_batch(self, x: Any, target: Any, many: bool = False) -> None:
         """Raise what is wrong with a batch, or with a row of batches."""

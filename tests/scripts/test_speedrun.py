@@ -248,6 +248,27 @@ def test_a_loss_that_is_not_finite_is_one_line(
     assert line == "speedrun.py: error: seed 0, epoch 1: the loss is nan"
 
 
+def test_ctrl_c_ends_with_the_runs_that_there_are(
+    data: Path,
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = iter([(62.0, 63.0)])
+
+    def evaluate(*arguments: object) -> tuple[float, float]:
+        for result in results:
+            return result
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", lambda *arguments: (None, None))
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    assert script.main(["--data-dir", str(data)]) == 0
+    assert "62.00 %" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--data-dir", str(data)])
+
+
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no CIFAR-10")
 def test_the_real_images(
     tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch

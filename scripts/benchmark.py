@@ -20,8 +20,8 @@ both measured in the same process. Behind it stands the share of our time that i
 The JSON file holds `machine`, `versions`, `date`, whether it was a `quick` run, and `results`, one
 for each case and number of threads: median, quartiles (in seconds) and ratio of each contestant,
 reasons of those `skipped`, `floor` (seconds), `rates` (per second), `goals`, `others` (the share of
-the machine that other processes took meanwhile, which a ratio on all cores does not forgive) and,
-where measured, `memory`: bytes that a call adds to the resident set at its peak.
+the machine that other processes took meanwhile), the number of `rounds` and, where measured,
+`memory`: bytes that a call adds to the resident set at its peak.
 """
 
 from __future__ import annotations

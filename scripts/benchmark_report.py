@@ -145,11 +145,16 @@ def notes(results: Sequence[Result]) -> Iterator[str]:
             yield f"{where}, memory that a call adds at its peak: {', '.join(said)}"
     for threads, said in gates.items():
         yield f"torch's time over ours, gate by gate ({threads}): {', '.join(said)}"
-    others = max((result.get("others", 0) for result in results), default=0)
-    if others > 0.05:
-        yield f"other processes took up to {others:.0%} of the machine: on all cores, ratios suffer"
+    if sentence := disturbance(results):
+        yield sentence
     for why, where_all in reasons.items():
         yield f"{why} [{', '.join(where_all)}]"
+
+
+def disturbance(results: Sequence[Result]) -> str:
+    """A sentence where other processes were in the way, which hurts some more than others."""
+    most = max((result.get("others", 0) for result in results), default=0)
+    return f"Other processes took up to {most:.0%} of the machine meanwhile." if most > 0.05 else ""
 
 
 def profile_tables(result: Result) -> Iterator[Table]:

@@ -79,9 +79,9 @@ Tensor image_batch(const Tensor& images, const Tensor& index_, std::optional<Ten
   batch.channels = images.size(1);
   batch.height = images.size(2);
   batch.width = images.size(3);
-  STD_TORCH_CHECK(static_cast<int64_t>(scale.size()) == batch.channels && scale.size() == offset.size(), "torchbp::", op,
-                  ": scale and offset want ", batch.channels, " numbers each, got ", scale.size(), " and ",
-                  offset.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(scale.size()) == batch.channels && scale.size() == offset.size(),
+                  "torchbp::", op, ": scale and offset want ", batch.channels, " numbers each, got ", scale.size(),
+                  " and ", offset.size());
   STD_TORCH_CHECK(is_floating(dtype), "torchbp::", op,
                   ": dtype wants float64, float32, bfloat16 or float16, got ScalarType ", static_cast<int>(dtype));
   batch.index = static_cast<const int64_t*>(index.const_data_ptr());

@@ -16,6 +16,13 @@ inline void copy_rows(const uint8_t* from, int64_t row_stride, int64_t step, uin
   }
 }
 
+// Zeros in `columns` neighbouring columns. The size of a store is a constant, as a call of memset would cost more than
+// the rest of a row.
+template <int columns, class T>
+void zero_columns(T* to, int64_t rows, int64_t width) {
+  for (int64_t y = 0; y < rows; ++y) std::memset(to + y * width, 0, columns * sizeof(T));
+}
+
 // One channel of one image. A move of a contiguous plane is one run from one place to another: what that carries over
 // the ends of rows lies where the zeros have to be.
 //
@@ -49,29 +56,30 @@ void plane(const Batch& b, const uint8_t* from, T* to, bool flip, int64_t down, 
   for (int64_t i = 0; i < length; ++i) store(run + i, from[i] * scale + offset);
   std::memset(to, 0, start * sizeof(T));
   std::memset(run + length, 0, (height * width - start - length) * sizeof(T));
-  if (gap)
-    for (int64_t y = 1; y < rows; ++y)
-      for (int64_t x = 0; x < gap; ++x) store(run + y * width - gap + x, Compute<T>(0));
+  T* zero = run + width - gap;
+  for (int64_t x = gap; x >= 4; x -= 4, zero += 4) zero_columns<4>(zero, rows - 1, width);
+  if (gap & 2) zero_columns<2>(zero, rows - 1, width), zero += 2;
+  if (gap & 1) zero_columns<1>(zero, rows - 1, width);
 }
 
 // scratch: height * width bytes that no other thread uses.
 template <class T>
 void batch_rows(const Batch& b, int64_t begin, int64_t end, uint8_t* scratch) {
   using C = Compute<T>;
-  const int64_t area = b.height * b.width, size = b.channels * area;
+  const int64_t area = b.height * b.width;
   for (int64_t i = begin; i < end; ++i) {
     const uint8_t* const image = b.images + b.index[i] * b.strides[0];
-    // A shuffled image lies anywhere in memory: fetch the next while this one is worked on.
-    if (i + 1 < end) {
-      const uint8_t* const next = b.images + b.index[i + 1] * b.strides[0];
-      for (int64_t k = 0; k < size; k += 64) __builtin_prefetch(next + k);
-    }
+    const uint8_t* const next = b.images + b.index[std::min(i + 1, end - 1)] * b.strides[0];
     const bool flip = b.flip && b.flip[i];
     const int64_t down = b.shift ? b.shift[2 * i] : 0, right = b.shift ? b.shift[2 * i + 1] : 0;
-    T* const out = static_cast<T*>(b.out) + i * size;
-    for (int64_t c = 0; c < b.channels; ++c)
+    T* const out = static_cast<T*>(b.out) + i * b.channels * area;
+    for (int64_t c = 0; c < b.channels; ++c) {
+      // Shuffled images lie anywhere in memory: the next is fetched while this one is worked on, a channel at a time,
+      // as more lines than a core has on order at once would hold up everything else.
+      for (int64_t k = 0; k < area; k += 64) __builtin_prefetch(next + c * area + k);
       plane(b, image + c * b.strides[1], out + c * area, flip, down, right, static_cast<C>(b.scale[c]),
             static_cast<C>(b.offset[c]), scratch);
+    }
   }
 }
 

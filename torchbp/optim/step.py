@@ -222,12 +222,12 @@ class CompiledStep:
         """An epoch in one call, its batches made on the way."""
         self._prepare()
         size, count = loader.batch_size, len(loader)
-        plan = loader._plan(loader.epoch)
+        plan, read = loader._plan(loader.epoch), loader._reader()
         loader.epoch += 1
         losses = []
         if count and self._state is None:  # the first batch makes it
             first, plan = plan.of(slice(size)), plan.of(slice(size, None))
-            losses.append(self(loader._read(*first[:3]).flatten(1), first.target).reshape(1))
+            losses.append(self(read(*first[:3]).flatten(1), first.target).reshape(1))
             if scheduler is not None:
                 scheduler.step()
             count -= 1
@@ -238,7 +238,7 @@ class CompiledStep:
                 loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
                 size, loader.drop_last, self._hyper_of(count, scheduler),
             )  # fmt: skip
-            example = loader._read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
+            example = read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
             losses.append(self._train(_run_epoch, arguments, example))
         return torch.cat(losses) if losses else torch.empty(0)
 

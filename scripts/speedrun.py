@@ -63,7 +63,7 @@ class Recipe:
     batch_size: int  # 256: -0.3
     lr: float  # peak; 0.05: -0.2, 0.2: -2.6
     components: int  # 256: +0.6; pixels instead, at a rate of 0.05: -2.6, for more work
-    shift: int  # pixels; 0: -0.8, 2: -0.6, though it is ahead in long runs
+    shift: int  # pixels; 0: -0.8, 2: -0.6
     whiten: float = 0.5  # divides coordinate i by std_i ** whiten; 0: -2.2, 1: -0.8
     flip: bool = True  # without: -0.3
     label_smoothing: float = 0.1  # 0: -0.6

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import functions
 from .functions import check
-from .functions.gate import call
+from .functions.gate import any_autocast, call
 
 __all__ = [
     "add",
@@ -42,8 +42,8 @@ __all__ = [
 
 def _autocast_dtype(value: Any) -> torch.dtype | None:
     """The dtype that autocast wants products in, or None where autocast is off."""
-    if not isinstance(value, Tensor) or value.is_meta:  # meta knows no autocast
-        return None
+    if not any_autocast() or not isinstance(value, Tensor) or value.is_meta:
+        return None  # meta knows no autocast
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -312,6 +312,23 @@ def cross_entropy(
     if _autocast_dtype(input) is not None:
         input, target = _cast(input, torch.float32), _cast(target, torch.float32)
         weight = _cast(weight, torch.float32)
+    options = weight, ignore_index, reduction, label_smoothing
+    if not (
+        isinstance(input, Tensor)
+        and isinstance(target, Tensor)
+        and input.dim() == 2
+        and target.dim()
+    ):
+        return _cross_entropy_of_any_shape(input, target, *options)
+    loss: Tensor = call(functions.SoftmaxCE, input, target, *options)[0]
+    return loss
+
+
+def _cross_entropy_of_any_shape(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    """cross_entropy of the rows that input [C] or [N, C, d1, d2, ...] holds."""
     check.tensor("cross_entropy", "input", input)
     check.tensor("cross_entropy", "target", target)
     shape = input.shape
@@ -361,13 +378,14 @@ def mlp(
         >>> mlp(torch.ones(5, 3), [torch.ones(4, 3), torch.ones(2, 4)]).shape
         torch.Size([5, 2])
     """
+    biases = () if biases is None else biases
     for argument, value in (("weights", weights), ("biases", biases)):
-        if not isinstance(value, list | tuple) and not (argument == "biases" and value is None):
+        if not isinstance(value, (list, tuple)):
             raise TypeError(
                 f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}"
             )
-    x, *parameters = _autocast(x, *weights, *(biases or ()))
-    y, *_ = call(functions.MLP, x, len(weights), activation, *parameters)
+    x, *parameters = _autocast(x, *weights, *biases)
+    y: Tensor = call(functions.MLP, x, len(weights), activation, *parameters)[0]
     return y
 
 

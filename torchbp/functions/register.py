@@ -25,6 +25,7 @@ from .table import ROWS
 
 _ops: Any = torch.ops.torchbp
 _library = torch.library.Library("torchbp", "FRAGMENT")
+_kernels = torch.library.Library("torchbp_kernels", "FRAGMENT")
 
 # ---- fake kernels: what csrc/ops.h allocates
 
@@ -319,6 +320,9 @@ def _register(
         return recorded(*args) if _recorded(args) else kernel(*args)
 
     torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
+    torch.library.register_fake(
+        f"torchbp_kernels::{name}", _on_one_device(name, fake), lib=_kernels
+    )
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 

@@ -2,6 +2,7 @@
 // run one after the other on the batches that are given, in place, without autograd.
 #include "../ops.h"
 #include "backend.h"
+#include "state.h"
 
 namespace torchbp {
 namespace {
@@ -12,12 +13,6 @@ struct NoGrad {
   NoGrad() { aoti_torch_grad_mode_set_enabled(false); }
   ~NoGrad() { aoti_torch_grad_mode_set_enabled(before); }
 };
-
-void check_trained(const char* argument, const Tensor& t, const Tensor& like) {
-  check_like("train_mlp", argument, t, like);
-  check_shape("train_mlp", argument, t, like.sizes());
-  STD_TORCH_CHECK(t.is_contiguous(), "torchbp::train_mlp: ", argument, " wants contiguous tensors");
-}
 
 // The parameters that are trained, with the memory of their state.
 struct Trained {
@@ -31,14 +26,9 @@ struct Trained {
     STD_TORCH_CHECK(groups.size() == count, "torchbp::train_mlp: groups wants ", count, " of them, got ",
                     groups.size());
     size_t used = 0;
-    const auto next = [&](const char* what) -> const Tensor& {
-      STD_TORCH_CHECK(used < state.size(), "torchbp::train_mlp: state wants ", what,
-                      " of each parameter that is trained, got ", state.size(), " tensors");
-      return state[used++];
-    };
     for (size_t i = 0; i < count; ++i) {
       const Tensor& t = i < weights.size() ? weights[i] : biases[i - weights.size()];
-      check_trained("weights and biases", t, t);
+      STD_TORCH_CHECK(t.is_contiguous(), "torchbp::train_mlp: weights and biases wants contiguous tensors");
       if (groups[i] < 0) continue;
       STD_TORCH_CHECK((groups[i] + 1) * kHyper <= static_cast<int64_t>(hyper.size()),
                       "torchbp::train_mlp: hyper wants ", kHyper, " numbers for each group, got ", hyper.size());
@@ -47,34 +37,18 @@ struct Trained {
       p.n = t.numel();
       p.data = t.mutable_data_ptr();
       p.update = update_of(rule, &hyper[groups[i] * kHyper]);
-      if (rule == Rule::adamw) {
-        for (void*& moment : p.state) {
-          const Tensor& kept = next("exp_avg, exp_avg_sq and step");
-          check_trained("state", kept, t);
-          moment = kept.mutable_data_ptr();
-        }
-        const Tensor& step = next("exp_avg, exp_avg_sq and step");
-        check_device("train_mlp", "state", step, t);
-        p.wide_step = step.scalar_type() == ScalarType::Double;
-        STD_TORCH_CHECK(step.numel() == 1 && (p.wide_step || step.scalar_type() == ScalarType::Float),
-                        "torchbp::train_mlp: state wants a float32 or float64 number as step");
-        p.step = step.mutable_data_ptr();
-      } else if (p.update.momentum != 0) {
-        const Tensor& buffer = next("the momentum buffer");
-        check_trained("state", buffer, t);
-        p.state[0] = buffer.mutable_data_ptr();
-      }
+      take_state("train_mlp", p, t, state, used);
       parameters.push_back(p);
       group.push_back(groups[i]);
       place.push_back(i);
     }
-    STD_TORCH_CHECK(used == state.size(), "torchbp::train_mlp: state wants ", used, " tensors, got ", state.size());
+    check_all_taken("train_mlp", state, used);
   }
 };
 
 // xs [B, D] and targets [B], or [steps, B, D] and [steps, B]; returns the loss of each step before its update, of shape
 // () or [steps]. Per parameter, weights first: its group (a row of hyper, or -1 where it is not trained), and in state
-// its momentum buffer, if its group has momentum, or exp_avg, exp_avg_sq and step. hyper: [1 or steps][groups][kHyper].
+// what take_state says. hyper: [1 or steps][groups][kHyper].
 Tensor train_mlp(const Tensor& xs, const Tensor& targets, const std::vector<Tensor>& weights,
                  const std::vector<Tensor>& biases, const std::vector<Tensor>& state, std::string activation,
                  double parameter, double label_smoothing, std::string rule_name, const std::vector<int64_t>& groups,

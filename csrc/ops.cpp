@@ -52,8 +52,8 @@ void define_operations(StableLibrary& m) {
   m.def("sgd_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
   m.def("adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
   m.def(
-      "train_mlp(Tensor xs, Tensor targets, Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor(c!)[] state, "
-      "str activation, float parameter, float label_smoothing, str rule, int[] groups, float[] hyper) -> Tensor");
+      "image_batch(Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
+      "ScalarType dtype) -> Tensor");
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -28,11 +29,6 @@ const Level& detect_level() {
   STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "TORCHBP_CPU=", wanted,
                   ": wants baseline, avx2 or avx512, and a level that this machine has");
   return baseline_level();
-}
-
-const Level& level() {
-  static const Level& chosen = detect_level();
-  return chosen;
 }
 
 // PyTorch's own grain: below this many elements a second thread costs more than it saves.
@@ -105,6 +101,11 @@ void write_compute(void* p, DtypeIndex compute, double value) {
 }
 
 }  // namespace
+
+const Level& level() {
+  static const Level& chosen = detect_level();
+  return chosen;
+}
 
 const char* cpu_level() { return level().name; }
 
@@ -236,6 +237,14 @@ void Cpu::update(const std::vector<Parameter>& parameters) {
   };
   // Those that share memory are updated in turn, as one after the other would be.
   parallel(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
+}
+
+void Cpu::batch(const Batch& batch) {
+  const int64_t area = batch.height * batch.width;
+  parallel(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
+    level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
+  });
 }
 
 }  // namespace torchbp

@@ -67,8 +67,13 @@ def _fake_mlp(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, parameter: float
 ) -> list[Tensor]:
     result = [x.new_empty(*x.shape[:-1], weights[-1].shape[0])]
+    # The CPU's own products keep hidden layers feature-major.
+    feature_major = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2
     for weight in weights[:-1]:
-        h = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if feature_major:
+            h = x.new_empty(weight.shape[0], x.shape[0]).t()
+        else:
+            h = x.new_empty(*x.shape[:-1], weight.shape[0])
         result += [h, torch.empty_like(h)] if ACTIVATIONS[activation].saves_x else [h]
     return result
 
@@ -115,6 +120,13 @@ def _fake_max_pieces(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_max_pieces_backward(dy: Tensor, index: Tensor, pieces: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], pieces, dy.shape[-1])
+
+
+def _fake_image_batch(
+    images: Tensor, index: Tensor, flip: Tensor | None, shift: Tensor | None, scale: list[float],
+    offset: list[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return images.new_empty(index.shape[0], *images.shape[1:], dtype=dtype)
 
 
 # ---- vmap rules
@@ -398,4 +410,6 @@ def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None)
 
 _register_in_place("sgd_")
 _register_in_place("adamw_")
-_register_in_place("train_mlp", lambda xs, *args: xs.new_empty(xs.shape[:-2]))
+# Made from bytes, which have no gradient.
+torch.library.register_fake("torchbp::image_batch", _fake_image_batch, lib=_library)
+torch.library.register_vmap("torchbp::image_batch", _batch_loop(_ops.image_batch), lib=_library)

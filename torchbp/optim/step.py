@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import _C, functional, nn
+from ..data.loader import BatchLoader
 from ..functions import check
 from ..functions.gate import is_traced
 from ..functions.products import ACTIVATIONS
@@ -20,12 +22,17 @@ from ..functions.softmax_ce import check_classes
 from ..nn.mlp import _Plan
 from .optimizers import SGD, AdamW, adamw_row, sgd_row
 
-if TYPE_CHECKING:
-    from ..data import BatchLoader
-
 __all__ = ["CompiledStep", "compile_step"]
 
-_train = torch.ops.torchbp.train_mlp.default._op
+# Nothing here is for autograd to record.
+_library = torch.library.Library("torchbp_trainer", "IMPL")
+for _name in ("open", "steps", "epoch"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+_open_trainer = torch.ops.torchbp_trainer.open.default._op
+_run_steps = torch.ops.torchbp_trainer.steps.default._op
+_run_epoch = torch.ops.torchbp_trainer.epoch.default._op
+_logits_of = torch.ops.torchbp_trainer.logits.default._op
+_close_trainer = torch.ops.torchbp_trainer.close.default._op
 _increment_version = torch._C._increment_version
 _unchanged = _C.unchanged
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -116,6 +123,9 @@ class CompiledStep:
         self.model, self.optimizer = model, optimizer
         self._rule = _RULES[type(optimizer)]
         self._row = _ROWS[self._rule]
+        self._trainer: int | None = None
+        self._close: Callable[[], Any] | None = None
+        self._logits: Tensor | None = None  # of the last step, if that was through autograd
         self._build()
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
@@ -140,6 +150,18 @@ class CompiledStep:
             return self._through_autograd(x, target)
         return self._run(x, target, hyper)
 
+    def logits(self) -> Tensor:
+        """What the model said to the last batch, before its update: float32 [B, C].
+
+        Raises:
+            RuntimeError: there was no step yet, or model or optimizer were changed after it.
+        """
+        if self._logits is not None:
+            return self._logits
+        if self._trainer is None:
+            raise RuntimeError(f"{_OP}: there are no logits before the first step")
+        return _logits_of(self._trainer)
+
     def scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None = None) -> Tensor:
         """Train on a row of batches in one call, as jax.lax.scan would.
 
@@ -156,21 +178,16 @@ class CompiledStep:
         """
         self._check_batch(xs, targets, many=True)
         self._check_scheduler(scheduler)
-        hyper = self._prepare()
+        self._prepare()
         losses = []
         if len(xs) and self._state is None:
             losses.append(self(xs[0], targets[0]).reshape(1))
             if scheduler is not None:
                 scheduler.step()
             xs, targets = xs[1:], targets[1:]
-            hyper = self._prepare()
+            self._prepare()
         if len(xs):
-            if scheduler is not None:
-                self.optimizer._opt_called = True  # type: ignore[attr-defined]
-                hyper = []
-                for _ in range(len(xs)):
-                    hyper += self._hyper()
-                    scheduler.step()
+            hyper = self._hyper_of(len(xs), scheduler)
             losses.append(self._run(xs, targets, hyper))
         return torch.cat(losses) if losses else xs.new_empty(0)
 
@@ -191,15 +208,39 @@ class CompiledStep:
         Raises:
             TypeError, ValueError, IndexError: as for one step.
         """
-        from ..data import BatchLoader
-
         self._check_scheduler(scheduler)
-        if isinstance(loader, BatchLoader):
+        if (
+            isinstance(loader, BatchLoader)
+            and loader.dtype == torch.float32
+            and loader.flatten
+            and loader.images.device.type == loader.device.type == "cpu"
+        ):
             return self._epoch_of_images(loader, scheduler)
         return self._epoch(loader, scheduler)
 
     def _epoch_of_images(self, loader: BatchLoader, scheduler: LRScheduler | None) -> Tensor:
-        return self._epoch(loader, scheduler)
+        """An epoch in one call, its batches made on the way."""
+        self._prepare()
+        size, count = loader.batch_size, len(loader)
+        plan, read = loader._plan(loader.epoch), loader._reader()
+        loader.epoch += 1
+        losses = []
+        if count and self._state is None:  # the first batch makes it
+            first, plan = plan.of(slice(size)), plan.of(slice(size, None))
+            losses.append(self(read(*first[:3]).flatten(1), first.target).reshape(1))
+            if scheduler is not None:
+                scheduler.step()
+            count -= 1
+            self._prepare()
+        if count:
+            check_classes(plan.target, self._weights[-1].shape[0], _IGNORE)
+            arguments = (
+                loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
+                size, loader.drop_last, self._hyper_of(count, scheduler),
+            )  # fmt: skip
+            example = read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
+            losses.append(self._train(_run_epoch, arguments, example))
+        return torch.cat(losses) if losses else torch.empty(0)
 
     def _epoch(
         self, loader: Iterable[tuple[Tensor, Tensor]], scheduler: LRScheduler | None
@@ -210,6 +251,9 @@ class CompiledStep:
             if scheduler is not None:
                 scheduler.step()
         return torch.stack(losses) if losses else torch.empty(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.optimizer, self.label_smoothing)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model}, {self.optimizer}, {self.label_smoothing})"
@@ -226,12 +270,22 @@ class CompiledStep:
         return hyper
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
+        return self._train(_run_steps, (x, target, hyper), (x, target))
+
+    def _train(
+        self,
+        operation: Callable[..., Tensor],
+        arguments: tuple[Any, ...],
+        batch: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Run an operation of the trainer; `batch` is what to blame if it fails."""
         try:
-            losses: Tensor = _train(x, target, *self._arguments, hyper)
+            losses = operation(self._trainer, *arguments)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
-            self._check_batch(x, target, many=isinstance(x, Tensor) and x.dim() == 3)
+            self._check_batch(*batch, many=isinstance(batch[0], Tensor) and batch[0].dim() == 3)
             raise
+        self._logits = None
         # A graph that holds a parameter has to see that it was changed, and a scheduler that there
         # was a step.
         _increment_version(self._trained)
@@ -242,6 +296,17 @@ class CompiledStep:
         """The hyperparameters of the groups in use, one row after the other."""
         groups, row = self.optimizer.param_groups, self._row
         return [value for i in self._used for value in row(groups[i])]
+
+    def _hyper_of(self, steps: int, scheduler: LRScheduler | None) -> list[float]:
+        """The hyperparameters of some steps to come; the scheduler is stepped for each."""
+        if scheduler is None:
+            return self._hyper()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        hyper = []
+        for _ in range(steps):
+            hyper += self._hyper()
+            scheduler.step()
+        return hyper
 
     def _through_autograd(self, x: Tensor, target: Tensor) -> Tensor:
         """The step in ordinary operations, which makes the optimizer's state."""
@@ -259,6 +324,7 @@ class CompiledStep:
             for p, grad in zip(self._trained, fresh, strict=True):
                 p.grad = grad
             self.optimizer.step()
+            self._logits = logits.detach()
         finally:
             for p, before in zip(everything, grads, strict=True):
                 p.grad = before
@@ -304,11 +370,21 @@ class CompiledStep:
                 result.append(value)
             seen.append((state, p, slot))
         self._state = result
-        self._arguments = (
-            self._weights, self._biases, result, *self._layers, self.label_smoothing,
-            self._rule, self._groups,
-        )  # fmt: skip
+        self._open(result)
         self._conditions = (*self._seen, *seen)
+
+    def _open(self, state: list[Tensor]) -> None:
+        """Hand parameters and state to a trainer, which keeps them while this object lives."""
+        slots = [0 if group < 0 else len(_STATE[self._rule]) for group in self._groups]
+        if self._rule == "sgd":
+            slots = [int(group >= 0 and self._has_momentum[group]) for group in self._groups]
+        trainer = _open_trainer(
+            self._weights, self._biases, state, *self._layers, self.label_smoothing, self._rule,
+            self._groups, slots,
+        )  # fmt: skip
+        if self._close is not None:
+            self._close()
+        self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer)
 
     def _check_layers(self) -> list[torch.nn.Module]:
         """The layers of the model."""

@@ -28,8 +28,8 @@ int32_t raw_dtype(const Tensor& t) {
   return dtype;
 }
 
-// What belongs to a parameter, its gradient or its state, has to lie in memory as it does. The common case is told in a
-// few nanoseconds, and needs no look at devices: this operation would not run on the CPU if one were elsewhere.
+// What belongs to a parameter has to lie in memory as it does. The common case is told in a few nanoseconds, and needs
+// no look at devices: an operation would not run on the CPU if a tensor were elsewhere.
 void check_layout(const char* op, const char* argument, const Tensor& t, const Tensor& parameter) {
   const bool same = same_shape(t, parameter), contiguous = t.is_contiguous() && parameter.is_contiguous();
   if (same && contiguous && raw_dtype(t) == raw_dtype(parameter)) return;
@@ -41,24 +41,46 @@ void check_layout(const char* op, const char* argument, const Tensor& t, const T
                   shape_text(parameter), ", got ", shape_text(t));
 }
 
-void check_count(const char* op, const char* argument, size_t got, size_t wanted) {
-  STD_TORCH_CHECK(got == wanted, "torchbp::", op, ": ", argument, " wants ", wanted, " of them, got ", got);
+// Takes from `state`, of which `used` tensors are taken, what the optimizer keeps for the parameter t that p describes:
+// the momentum buffer, if p.update has momentum, or exp_avg, exp_avg_sq and step.
+void take_state(const char* op, Parameter& p, const Tensor& t, const std::vector<Tensor>& state, size_t& used) {
+  const bool sgd = p.update.rule == Rule::sgd;
+  const size_t wanted = sgd ? p.update.momentum != 0 : 3;
+  STD_TORCH_CHECK(used + wanted <= state.size(), "torchbp::", op, ": state wants ",
+                  sgd ? "the momentum buffer" : "exp_avg, exp_avg_sq and step", " of each parameter, got ",
+                  state.size(), " tensors");
+  for (size_t k = 0; k < std::min<size_t>(wanted, 2); ++k) {
+    const Tensor& kept = state[used++];
+    check_layout(op, "state", kept, t);
+    p.state[k] = kept.mutable_data_ptr();
+  }
+  if (sgd) return;
+  const Tensor& step = state[used++];
+  const ScalarType dtype = step.scalar_type();
+  p.wide_step = dtype == ScalarType::Double;
+  STD_TORCH_CHECK(step.numel() == 1 && (p.wide_step || dtype == ScalarType::Float), "torchbp::", op,
+                  ": state wants a float32 or float64 number as step");
+  p.step = step.mutable_data_ptr();
 }
 
-// The parameters with their gradients and updates; their state is left to be filled in. Nothing is changed.
-// groups: of each the number of its parameters, which come in this order, and a row of hyperparameters (optim.h).
-std::vector<Parameter> describe(const char* op, Rule rule, const std::vector<Tensor>& parameters,
-                                const std::vector<Tensor>& grads, const std::vector<double>& groups) {
+// One step. state: of each parameter in turn what take_state says. groups: of each group in turn the number of its
+// parameters and a row of hyperparameters (optim.h). Everything is checked before anything changes.
+template <Rule rule>
+void update_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads, const std::vector<Tensor>& state,
+             const std::vector<double>& groups) {
+  constexpr const char* op = rule == Rule::sgd ? "sgd_" : "adamw_";
   constexpr int64_t width = 1 + kHyper;
-  check_count(op, "grads", grads.size(), parameters.size());
+  STD_TORCH_CHECK(grads.size() == parameters.size(), "torchbp::", op, ": grads wants ", parameters.size(),
+                  " tensors, got ", grads.size());
   STD_TORCH_CHECK(groups.size() % width == 0, "torchbp::", op, ": groups wants ", width, " numbers each, got ",
                   groups.size());
-  std::vector<Parameter> result;
-  result.reserve(parameters.size());
+  std::vector<Parameter> all;
+  all.reserve(parameters.size());
+  size_t used = 0;
   for (size_t row = 0; row < groups.size(); row += width) {
     const Update update = update_of(rule, &groups[row + 1]);
     for (double k = 0; k < groups[row]; ++k) {
-      const size_t i = result.size();
+      const size_t i = all.size();
       STD_TORCH_CHECK(i < parameters.size(), "torchbp::", op, ": groups wants ", parameters.size(),
                       " parameters in all, got more");
       const Tensor& t = parameters[i];
@@ -72,52 +94,14 @@ std::vector<Parameter> describe(const char* op, Rule rule, const std::vector<Ten
       p.n = t.numel();
       p.data = t.mutable_data_ptr();
       p.grad = grads[i].const_data_ptr();
-      result.push_back(p);
+      take_state(op, p, t, state, used);
+      all.push_back(p);
     }
   }
-  STD_TORCH_CHECK(result.size() == parameters.size(), "torchbp::", op, ": groups wants ", parameters.size(),
-                  " parameters in all, got ", result.size());
-  return result;
-}
-
-// momentum_buffers: of the parameters of those groups that have momentum.
-void sgd_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
-          const std::vector<Tensor>& momentum_buffers, const std::vector<double>& groups) {
-  std::vector<Parameter> all = describe("sgd_", Rule::sgd, parameters, grads, groups);
-  size_t next = 0;
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (all[i].update.momentum == 0) continue;
-    STD_TORCH_CHECK(next < momentum_buffers.size(),
-                    "torchbp::sgd_: momentum_buffers wants one for each parameter whose "
-                    "group has momentum, got ",
-                    momentum_buffers.size());
-    check_layout("sgd_", "momentum_buffers", momentum_buffers[next], parameters[i]);
-    all[i].state[0] = momentum_buffers[next++].mutable_data_ptr();
-  }
-  check_count("sgd_", "momentum_buffers", momentum_buffers.size(), next);
-  Cpu::update(all);
-}
-
-void adamw_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
-            const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-            const std::vector<Tensor>& steps, const std::vector<double>& groups) {
-  std::vector<Parameter> all = describe("adamw_", Rule::adamw, parameters, grads, groups);
-  check_count("adamw_", "exp_avgs", exp_avgs.size(), all.size());
-  check_count("adamw_", "exp_avg_sqs", exp_avg_sqs.size(), all.size());
-  check_count("adamw_", "steps", steps.size(), all.size());
-  for (size_t i = 0; i < all.size(); ++i) {
-    check_layout("adamw_", "exp_avgs", exp_avgs[i], parameters[i]);
-    check_layout("adamw_", "exp_avg_sqs", exp_avg_sqs[i], parameters[i]);
-    check_device("adamw_", "steps", steps[i], parameters[i]);
-    STD_TORCH_CHECK(steps[i].numel() == 1 &&
-                        (steps[i].scalar_type() == ScalarType::Float || steps[i].scalar_type() == ScalarType::Double),
-                    "torchbp::adamw_: steps wants one float32 or float64 number for each parameter");
-    all[i].state[0] = exp_avgs[i].mutable_data_ptr();
-    all[i].state[1] = exp_avg_sqs[i].mutable_data_ptr();
-    all[i].step = steps[i].mutable_data_ptr();
-    all[i].wide_step = steps[i].scalar_type() == ScalarType::Double;
-  }
-  advance(all);
+  STD_TORCH_CHECK(all.size() == parameters.size(), "torchbp::", op, ": groups wants ", parameters.size(),
+                  " parameters in all, got ", all.size());
+  STD_TORCH_CHECK(used == state.size(), "torchbp::", op, ": state wants ", used, " tensors, got ", state.size());
+  if (rule == Rule::adamw) advance(all);
   Cpu::update(all);
 }
 
@@ -125,6 +109,7 @@ void adamw_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& gr
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
-  m.impl("sgd_", TORCH_BOX(&torchbp::sgd_));
-  m.impl("adamw_", TORCH_BOX(&torchbp::adamw_));
+  using torchbp::Rule;
+  m.impl("sgd_", TORCH_BOX(&torchbp::update_<Rule::sgd>));
+  m.impl("adamw_", TORCH_BOX(&torchbp::update_<Rule::adamw>));
 }

@@ -569,9 +569,10 @@ def sgd_call(requires_grad: bool = False) -> tuple[Any, ...]:
 
 def adamw_call(requires_grad: bool = False) -> tuple[Any, ...]:
     ps = [torch.randn(3, 4, requires_grad=requires_grad), torch.randn(5)]
-    kept = [[torch.rand_like(p) for p in ps] for _ in range(3)]
-    steps = [torch.tensor(3.0), torch.tensor(4.0, dtype=torch.float64)]
-    return ps, *kept, steps, [2, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.0]
+    grads = [torch.randn_like(p) for p in ps]
+    steps = torch.tensor(3.0), torch.tensor(4.0, dtype=torch.float64)
+    state = [t for p, s in zip(ps, steps, strict=True) for t in (*torch.rand(2, *p.shape), s)]
+    return ps, grads, state, [2, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.0]
 
 
 CALLS = {"sgd_": sgd_call, "adamw_": adamw_call}
@@ -589,21 +590,22 @@ def test_every_in_place_operation_is_tested() -> None:
 
 
 REFUSALS: dict[str, tuple[str, Callable[[list[Any]], Any], str]] = {
-    "fewer gradients": ("sgd_", lambda a: a[1].pop(), "grads wants 3 of them, got 2"),
-    "fewer buffers": ("sgd_", lambda a: a[2].pop(), "momentum_buffers wants one for each"),
-    "more buffers": ("sgd_", lambda a: a[2].append(a[2][0]), "momentum_buffers wants 1 of them"),
+    "fewer gradients": ("sgd_", lambda a: a[1].pop(), "grads wants 3 tensors, got 2"),
+    "less state": ("sgd_", lambda a: a[2].pop(), "state wants the momentum buffer of each"),
+    "more state": ("sgd_", lambda a: a[2].append(a[2][0]), "state wants 1 tensors, got 2"),
     "less groups": ("sgd_", lambda a: a[3].__setitem__(7, 0), "groups wants 3 .* in all, got 2"),
     "more groups": ("sgd_", lambda a: a[3].__setitem__(0, 3), "groups wants 3 .* in all, got more"),
-    "negative": ("sgd_", lambda a: a[3].__setitem__(0, -1), "groups wants 3 .* in all, got 1"),
+    "negative": ("sgd_", lambda a: a[3].__setitem__(7, -1), "groups wants 3 .* in all, got 2"),
     "numbers": ("sgd_", lambda a: a[3].pop(), "groups wants 7 numbers each, got 13"),
     "dtype": ("sgd_", lambda a: a[1].__setitem__(2, torch.ones(2).double()), "grads has another"),
     "shape": ("sgd_", lambda a: a[1].__setitem__(2, torch.ones(3)), r"the shape and .* \(2\)"),
     "strides": ("sgd_", lambda a: a[1].__setitem__(0, torch.ones(4, 3).T), "grads wants the shape"),
     "gaps": ("sgd_", lambda a: a[0].__setitem__(1, torch.ones(10)[::2]), "without gaps"),
     "integers": ("sgd_", lambda a: a[0].__setitem__(1, torch.arange(5)), "wants dtype float64"),
-    "step": ("adamw_", lambda a: a[4].__setitem__(1, torch.tensor(3)), "steps wants one float32"),
-    "moments": ("adamw_", lambda a: a[2].__setitem__(1, torch.ones(4)), "exp_avgs wants the shape"),
-    "squares": ("adamw_", lambda a: a[3].pop(), "exp_avg_sqs wants 2 of them"),
+    "step": ("adamw_", lambda a: a[2].__setitem__(5, torch.tensor(3)), "float64 number as step"),
+    "steps": ("adamw_", lambda a: a[2].__setitem__(5, torch.ones(2)), "float64 number as step"),
+    "moments": ("adamw_", lambda a: a[2].__setitem__(4, torch.ones(4)), "state wants the shape"),
+    "squares": ("adamw_", lambda a: a[2].pop(), "state wants exp_avg, exp_avg_sq and step"),
 }  # fmt: skip
 
 

@@ -471,7 +471,6 @@ def test_epoch_of_images() -> None:
     assert_same(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="MKL's products sum in another order with more threads", strict=False)
 @EACH_RULE
 @pytest.mark.parametrize("sizes", [[20, 16, 12, 5], [20, 300, 200, 5], [20, 1024, 5]])
 def test_threads_change_nothing(

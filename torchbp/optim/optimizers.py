@@ -168,7 +168,7 @@ class SGD(_OneCall, torch.optim.SGD):
         state = self.state
         parameters: list[Tensor] = []
         grads: list[Tensor] = []
-        buffers: list[Tensor] = []
+        kept: list[Tensor] = []
         groups: list[float] = []
         for group in self.param_groups:
             if group["differentiable"] or group["fused"]:
@@ -185,10 +185,10 @@ class SGD(_OneCall, torch.optim.SGD):
                     buffer = state[p].get("momentum_buffer")
                     if buffer is None:
                         return None
-                    buffers.append(buffer)
+                    kept.append(buffer)
             groups.append(len(grads) - before)
             groups += row
-        return parameters, grads, buffers, groups
+        return parameters, grads, kept, groups
 
 
 class AdamW(_OneCall, torch.optim.AdamW):
@@ -222,9 +222,7 @@ class AdamW(_OneCall, torch.optim.AdamW):
         state = self.state
         parameters: list[Tensor] = []
         grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
+        kept: list[Tensor] = []
         groups: list[float] = []
         for group in self.param_groups:
             if group["differentiable"] or group["fused"] or group["amsgrad"] or group["capturable"]:
@@ -234,14 +232,12 @@ class AdamW(_OneCall, torch.optim.AdamW):
                 grad = p.grad
                 if grad is None:
                     continue
-                kept = state[p]
-                if not kept:
+                slot = state[p]
+                if not slot:
                     return None
                 parameters.append(p)
                 grads.append(grad)
-                exp_avgs.append(kept["exp_avg"])
-                exp_avg_sqs.append(kept["exp_avg_sq"])
-                steps.append(kept["step"])
+                kept += slot["exp_avg"], slot["exp_avg_sq"], slot["step"]
             groups.append(len(grads) - before)
             groups += adamw_row(group)
-        return parameters, grads, exp_avgs, exp_avg_sqs, steps, groups
+        return parameters, grads, kept, groups

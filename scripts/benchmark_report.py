@@ -157,11 +157,12 @@ def disturbance(results: Sequence[Result]) -> str:
     return f"Other processes took up to {most:.0%} of the machine meanwhile." if most > 0.05 else ""
 
 
-def profile_tables(result: Result) -> Iterator[Table]:
-    """Where the time goes: the stages side by side, then the operations of each contestant."""
+def profile_tables(result: Result) -> Iterator[tuple[str, Table]]:
+    """Where the time goes: the stages side by side, then the operations of torchbp and torch; each
+    with its title."""
     profiles = result["profile"]
-    where = f"{result['case']}, {result['threads']} thread(s)"
-    stages = Table(title=f"{where}: stages of a call", title_justify="left")
+    where = f"{result['case']} ({result['threads']})"
+    stages = Table()
     stages.add_column("stage")
     for name in profiles:
         stages.add_column(name, justify="right")
@@ -171,15 +172,14 @@ def profile_tables(result: Result) -> Iterator[Table]:
     sums = [sum(found["stages"].values()) for found in profiles.values()]
     stages.add_section()
     stages.add_row("all", *map(duration, sums))
-    yield stages
+    yield f"{where}: stages of a call", stages
     for name in [name for name in (OURS, TORCH) if name in profiles]:
-        title = f"{where}: operations of {name}, with torch.profiler's own cost"
-        operations = Table(title=title, title_justify="left")
+        operations = Table()
         for head in ("operation", "calls", "own time"):
             operations.add_column(head, justify="left" if head == "operation" else "right")
         for operation, calls, seconds in profiles[name]["operations"]:
             operations.add_row(operation, f"{calls:g}", duration(seconds))
-        yield operations
+        yield f"{where}: operations of {name}, with what profiling itself costs", operations
 
 
 COLOURS = {TORCH: "#c2410c", COMPILE: "#d9a441", JAX: "#2f6f9f"}

@@ -63,3 +63,7 @@ void define_operations(StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY(torchbp, m) { torchbp::define_operations(m); }
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) { torchbp::register_operations<torchbp::Cpu>(m); }
+
+// The same without autograd, which the Functions call where nothing records or transforms them.
+STABLE_TORCH_LIBRARY(torchbp_kernels, m) { torchbp::define_operations(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) { torchbp::register_operations<torchbp::Cpu>(m); }

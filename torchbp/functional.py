@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import functions
 from .functions import check
-from .functions.gate import call
+from .functions.gate import any_autocast, call
+from .functions.softmax_ce import check_target
 
 __all__ = [
     "add",
@@ -42,8 +43,8 @@ __all__ = [
 
 def _autocast_dtype(value: Any) -> torch.dtype | None:
     """The dtype that autocast wants products in, or None where autocast is off."""
-    if not isinstance(value, Tensor) or value.is_meta:  # meta knows no autocast
-        return None
+    if not any_autocast() or not isinstance(value, Tensor) or value.is_meta:
+        return None  # meta knows no autocast
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -312,6 +313,18 @@ def cross_entropy(
     if _autocast_dtype(input) is not None:
         input, target = _cast(input, torch.float32), _cast(target, torch.float32)
         weight = _cast(weight, torch.float32)
+    options = weight, ignore_index, reduction, label_smoothing
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 2):
+        return _cross_entropy_of_any_shape(input, target, *options)
+    loss: Tensor = call(functions.SoftmaxCE, input, target, *options)[0]
+    return loss
+
+
+def _cross_entropy_of_any_shape(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    """cross_entropy of the rows that input [C] or [N, C, d1, d2, ...] holds."""
     check.tensor("cross_entropy", "input", input)
     check.tensor("cross_entropy", "target", target)
     shape = input.shape
@@ -319,12 +332,7 @@ def cross_entropy(
         raise ValueError("cross_entropy: input wants shape (C,), (N, C) or (N, C, ...), got ()")
     probabilities = target.is_floating_point()
     wanted = shape if probabilities else shape[:-1] if input.dim() == 1 else shape[:1] + shape[2:]
-    if target.shape != wanted:
-        kind = "class probabilities" if probabilities else "class indices"
-        raise ValueError(
-            f"cross_entropy: target wants shape {tuple(wanted)} as {kind} for input of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}"
-        )
+    check_target(target, wanted, shape)
     rows = input
     if input.dim() == 1:
         rows, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -334,7 +342,7 @@ def cross_entropy(
     loss, _, _ = call(
         functions.SoftmaxCE, rows, target, weight, ignore_index, reduction, label_smoothing
     )
-    if reduction != "none" or input.dim() == 2:
+    if reduction != "none":
         return loss
     return loss.reshape(shape[:1] + shape[2:] if input.dim() > 1 else ())
 
@@ -361,13 +369,14 @@ def mlp(
         >>> mlp(torch.ones(5, 3), [torch.ones(4, 3), torch.ones(2, 4)]).shape
         torch.Size([5, 2])
     """
+    biases = () if biases is None else biases
     for argument, value in (("weights", weights), ("biases", biases)):
-        if not isinstance(value, list | tuple) and not (argument == "biases" and value is None):
+        if not isinstance(value, (list, tuple)):
             raise TypeError(
                 f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}"
             )
-    x, *parameters = _autocast(x, *weights, *(biases or ()))
-    y, *_ = call(functions.MLP, x, len(weights), activation, *parameters)
+    x, *parameters = _autocast(x, *weights, *biases)
+    y: Tensor = call(functions.MLP, x, len(weights), activation, *parameters)[0]
     return y
 
 

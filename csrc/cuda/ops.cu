@@ -4,3 +4,4 @@
 #include "backend.h"
 
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CUDA, m) { torchbp::register_operations<torchbp::Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CUDA, m) { torchbp::register_operations<torchbp::Cuda>(m); }

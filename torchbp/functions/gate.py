@@ -25,12 +25,16 @@ from . import check
 from .table import ROWS, Row
 
 __all__ = [
-    "BACKWARD", "GATES", "Gate", "TwoInputs", "auxiliary", "backward_of", "below", "call",
-    "fast_backward", "is_traced", "raw", "save", "sum_to", "unused",
+    "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
+    "call", "fast_backward", "is_traced", "raw", "save", "sum_to", "unused",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
 is_traced = torch.compiler.is_dynamo_compiling
+_grad_enabled = torch.is_grad_enabled
+#: Whether autocast is on for any device.
+any_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _JVP = torch._C._functorch.TransformType.Jvp
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
@@ -60,8 +64,20 @@ def below(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def raw(name: str) -> Callable[..., Any]:
-    """The operation `torch.ops.torchbp.NAME` as a Function calls it."""
-    return below(getattr(torch.ops.torchbp, name).default)
+    """The operation `torch.ops.torchbp.NAME` as a Function calls it.
+
+    Where nothing traces, transforms or casts, that is its twin in `torch.ops.torchbp_kernels`,
+    which has no autograd to get past: the guard of `below` costs as much as a small kernel.
+    """
+    op = below(getattr(torch.ops.torchbp, name).default)
+    kernel = getattr(torch.ops.torchbp_kernels, name).default._op
+
+    def run(*args: Any) -> Any:
+        if is_traced() or _functorch_active() or any_autocast() or _dispatch_modes():
+            return op(*args)
+        return kernel(*args)
+
+    return run
 
 
 def fast_backward(grad: Tensor) -> bool:
@@ -94,7 +110,11 @@ def auxiliary(ctx: Any, *outputs: Tensor, constant: tuple[Tensor, ...] = ()) -> 
 
 def unused(*grads: Tensor | None) -> bool:
     """Whether the gradients of auxiliary outputs are missing, as they are without a second one."""
-    return is_traced() or all(grad is None for grad in grads)
+    if not is_traced():
+        for grad in grads:
+            if grad is not None:
+                return False
+    return True
 
 
 def _forward_over_forward() -> bool:
@@ -107,9 +127,10 @@ def _forward_over_forward() -> bool:
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Keep tensors for backward and for forward mode."""
+    """Keep tensors for backward, and for forward mode where that is on."""
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    if forward_ad._current_level >= 0 or _functorch_active():
+        ctx.save_for_forward(*tensors)
 
 
 #: The gates of the table: row's name -> Function.
@@ -170,6 +191,7 @@ class Gate(Function):
     _defaults: tuple[Any, ...] = ()
     _inputs = 0
     _twin: type[Gate]
+    _record: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -189,11 +211,15 @@ class Gate(Function):
             cls._defaults = tuple(p.default for p in parameters if p.default is not p.empty)
         # torch.compile traces the class itself, whatever its apply does, and refuses one that has a
         # jvp. So jvp moves to a twin, which apply uses.
+        cls._twin = cls
         if "jvp" in cls.__dict__:
             jvp = cls.jvp
             del cls.jvp
             cls._twin = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
             cls._twin.jvp = staticmethod(jvp)  # type: ignore[method-assign]
+            # A node of the graph calls backward itself, not what looks for a vjp at every call.
+            cls._twin._backward_cls.apply = cls.backward  # type: ignore[attr-defined]
+        cls._record = super(Function, cls._twin).apply  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
@@ -210,8 +236,8 @@ class Gate(Function):
             missing = cls._inputs - len(args)
             if missing > 0:
                 args += cls._defaults[len(cls._defaults) - missing :]
-            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-                return super(Function, cls._twin).apply(*args)  # type: ignore[misc]
+            if _grad_enabled() or forward_ad._current_level >= 0:
+                return cls._record(*args)
             return cls.forward(*args)
         except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
             if not kwargs:

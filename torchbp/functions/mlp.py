@@ -16,9 +16,9 @@ __all__ = ["MLP"]
 _mlp, _mlp_backward = raw("mlp"), raw("mlp_backward")
 
 
-def split(layers: int, parameters: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+def split(layers: int, parameters: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(weights, biases) of the flat list of parameters; biases is empty where there are none."""
-    return list(parameters[:layers]), list(parameters[layers:])
+    return parameters[:layers], parameters[layers:]
 
 
 class MLP(Gate):
@@ -49,25 +49,25 @@ class MLP(Gate):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.layers, ctx.activation, *parameters = inputs
+        x, layers, activation = inputs[:3]
+        ctx.layers, ctx.activation = layers, activation
         auxiliary(ctx, *output[1:])
-        weights, _ = split(ctx.layers, tuple(parameters))
-        save(ctx, x, *weights, *output[1:])
+        save(ctx, x, *inputs[3 : 3 + layers], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *grad_saved: Tensor | None) -> Any:
-        x, *rest = ctx.saved_tensors
-        weights, saved = split(ctx.layers, tuple(rest))
+        tensors = ctx.saved_tensors
+        x, (weights, saved) = tensors[0], split(ctx.layers, tensors[1:])
         need_x, _, _, *needs = ctx.needs_input_grad
-        need_weights, need_biases = split(ctx.layers, tuple(needs))
+        need_weights, need_biases = split(ctx.layers, needs)
         activation = ACTIVATIONS[ctx.activation]
         if grad_y is not None and unused(*grad_saved) and fast_backward(grad_y):
-            grads = _mlp_backward(
+            grad_x, *grads = _mlp_backward(
                 grad_y, x, weights, saved, *activation.arguments, need_x, need_weights, need_biases
             )
-            wanted = [need_x, *needs]
-            grad_x, *grads = (g if need else None for g, need in zip(grads, wanted, strict=True))
-            return grad_x, None, None, *grads
+            if not all(needs):
+                grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+            return grad_x if need_x else None, None, None, *grads
 
         # The same from operations that can be differentiated again. What else used a layer's z or h
         # (only a second derivative does) adds its gradient.

@@ -45,11 +45,8 @@ class Activation:
         self.gradient = BACKWARD.get(name)
         self.parameter: tuple[float, ...] = self.gate._defaults if self.gate else ()
         self.saves_x = self.gate is not None and ROWS[name].saves == ("x",)
-
-    @property
-    def arguments(self) -> tuple[str, float]:
-        """What the raw operations take."""
-        return self.name, self.parameter[0] if self.parameter else 0.0
+        #: What the raw operations take.
+        self.arguments: tuple[str, float] = name, self.parameter[0] if self.parameter else 0.0
 
     def backward(self, grad_y: Tensor, saved: Tensor) -> Tensor:
         """dL/dz from dL/dy and the saved z or y."""

@@ -25,6 +25,7 @@ from .table import ROWS
 
 _ops: Any = torch.ops.torchbp
 _library = torch.library.Library("torchbp", "FRAGMENT")
+_kernels = torch.library.Library("torchbp_kernels", "FRAGMENT")
 
 # ---- fake kernels: what csrc/ops.h allocates
 
@@ -318,7 +319,9 @@ def _register(
     def autograd(*args: Any) -> Any:
         return recorded(*args) if _recorded(args) else kernel(*args)
 
-    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
+    for library in (_library, _kernels):
+        checked = _on_one_device(name, fake)
+        torch.library.register_fake(f"{library.ns}::{name}", checked, lib=library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 

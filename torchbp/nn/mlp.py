@@ -28,8 +28,10 @@ _MODULES: dict[str, type[torch.nn.Module]] = {
     if name in ACTIVATIONS and hasattr(activations, gate.__name__)
 }
 
-#: Class of an activation, torchbp's or torch.nn's -> its name.
-_NAMES = {own: name for name, own in _MODULES.items()}
+#: Class of an activation, torchbp's or torch.nn's -> its name, its parameter's name, the default.
+_NAMES = {
+    own: (name, ROWS[name].parameter, ACTIVATIONS[name].parameter) for name, own in _MODULES.items()
+}
 _NAMES |= {theirs: _NAMES[own] for theirs, own in TWINS.items() if own in _NAMES}
 
 
@@ -135,75 +137,81 @@ class MLP(torch.nn.Sequential):
         return super().__getitem__(idx)
 
     def forward(self, input: Tensor) -> Tensor:
-        layers = list(self._modules.values())
-        plan = _Plan(layers)
-        if plan.misfit or _has_any_global_hook() or any(map(_has_more_to_do, layers)):
+        plan = _Plan(self._modules.values())
+        if plan.misfit or plan.does_more or _has_any_global_hook():
             return super().forward(input)
         return functional.mlp(input, plan.weights, plan.biases, plan.activation)
-
-
-def _has_more_to_do(layer: torch.nn.Module) -> bool:
-    """Whether calling a layer does more than the formula of its class."""
-    own = vars(layer)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or (own["training"] and isinstance(layer, torch.nn.Dropout) and layer.p)
-        or "forward" in own
-    )
 
 
 class _Plan:
     """What functional.mlp takes, from the layers of a Sequential.
 
+    It is made anew for each call, as anything may have changed since the last one, and so reads the
+    layers' own dicts: an attribute of a module takes ten times longer.
+
     Attributes:
         weights, biases: of the linear layers; biases is empty where they have none.
         activation: the name of the activation between them.
         misfit: position of the first layer that is in the way and what is wanted there, or None.
+        does_more: whether calling one of the layers does more than the formula of its class.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
+    __slots__ = ("activation", "biases", "does_more", "misfit", "weights")
+
+    def __init__(self, layers: Iterable[Any]) -> None:
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
         self.activation = ""
         self.misfit: tuple[int, str] | None = None
+        self.does_more = False
         after_linear = False
-        for position, layer in enumerate(layers):
-            kind = type(layer)
-            if kind is torch.nn.Dropout:  # the identity, or active: _has_more_to_do
+        position = 0
+        for position, layer in enumerate(layers, 1):
+            kind, own = type(layer), layer.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                self.does_more = True
+            if kind is torch.nn.Dropout:  # the identity unless it is active
+                self.does_more = self.does_more or bool(own["training"] and own["p"])
                 continue
             if kind is Linear or kind is torch.nn.Linear:
-                wants = "an activation" if after_linear else self._add_linear(layer)
+                wants = "an activation" if after_linear else self._add_linear(layer, own)
             else:
-                wants = self._add_activation(layer) if after_linear else "a Linear"
+                wants = self._add_activation(kind, own) if after_linear else "a Linear"
             if wants:
-                self.misfit = position, wants
+                self.misfit = position - 1, wants
                 return
             after_linear = not after_linear
         if not after_linear:
-            self.misfit = len(layers), "a Linear"
+            self.misfit = position, "a Linear"
         self.activation = self.activation or "relu"
 
-    def _add_linear(self, layer: Any) -> str:
-        if getattr(layer, "activation", None) is not None:
+    def _add_linear(self, layer: Any, own: dict[str, Any]) -> str:
+        if own.get("activation") is not None:
             return "a Linear without an activation"
-        self.weights.append(layer.weight)
-        bias = layer.bias
+        parameters = own["_parameters"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # pruned, or in a replica of torch.nn.DataParallel
+            weight, bias = layer.weight, layer.bias
+        self.weights.append(weight)
         if bias is not None:
             self.biases.append(bias)
         if self.biases and len(self.biases) != len(self.weights):
             return "a Linear with a bias if and only if the first has one,"
         return ""
 
-    def _add_activation(self, layer: torch.nn.Module) -> str:
-        name = _NAMES.get(type(layer), "")
-        parameter = ROWS[name].parameter if name else None
+    def _add_activation(self, kind: type[torch.nn.Module], own: dict[str, Any]) -> str:
+        name, parameter, default = _NAMES.get(kind, ("", None, ()))
         if (
             not name
             or name != (self.activation or name)
-            or (parameter and getattr(layer, parameter) != ACTIVATIONS[name].parameter[0])
+            or (parameter is not None and own[parameter] != default[0])
         ):
             return "the one activation of the network, with default parameters,"
         self.activation = name

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import functions
 from .functions import check
 from .functions.gate import any_autocast, call
+from .functions.softmax_ce import check_target
 
 __all__ = [
     "add",
@@ -313,12 +314,7 @@ def cross_entropy(
         input, target = _cast(input, torch.float32), _cast(target, torch.float32)
         weight = _cast(weight, torch.float32)
     options = weight, ignore_index, reduction, label_smoothing
-    if not (
-        isinstance(input, Tensor)
-        and isinstance(target, Tensor)
-        and input.dim() == 2
-        and target.dim()
-    ):
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 2):
         return _cross_entropy_of_any_shape(input, target, *options)
     loss: Tensor = call(functions.SoftmaxCE, input, target, *options)[0]
     return loss
@@ -336,12 +332,7 @@ def _cross_entropy_of_any_shape(
         raise ValueError("cross_entropy: input wants shape (C,), (N, C) or (N, C, ...), got ()")
     probabilities = target.is_floating_point()
     wanted = shape if probabilities else shape[:-1] if input.dim() == 1 else shape[:1] + shape[2:]
-    if target.shape != wanted:
-        kind = "class probabilities" if probabilities else "class indices"
-        raise ValueError(
-            f"cross_entropy: target wants shape {tuple(wanted)} as {kind} for input of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}"
-        )
+    check_target(target, wanted, shape)
     rows = input
     if input.dim() == 1:
         rows, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -351,7 +342,7 @@ def _cross_entropy_of_any_shape(
     loss, _, _ = call(
         functions.SoftmaxCE, rows, target, weight, ignore_index, reduction, label_smoothing
     )
-    if reduction != "none" or input.dim() == 2:
+    if reduction != "none":
         return loss
     return loss.reshape(shape[:1] + shape[2:] if input.dim() > 1 else ())
 

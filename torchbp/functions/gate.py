@@ -209,15 +209,17 @@ class Gate(Function):
             ]
             cls._inputs = len(parameters)
             cls._defaults = tuple(p.default for p in parameters if p.default is not p.empty)
-        cls._twin, cls._record = cls, super(Function, cls).apply  # type: ignore[misc]
         # torch.compile traces the class itself, whatever its apply does, and refuses one that has a
         # jvp. So jvp moves to a twin, which apply uses.
+        cls._twin = cls
         if "jvp" in cls.__dict__:
             jvp = cls.jvp
             del cls.jvp
             cls._twin = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
             cls._twin.jvp = staticmethod(jvp)  # type: ignore[method-assign]
-            cls._record = super(Function, cls._twin).apply  # type: ignore[misc]
+            # A node of the graph calls backward itself, not what looks for a vjp at every call.
+            cls._twin._backward_cls.apply = cls.backward  # type: ignore[attr-defined]
+        cls._record = super(Function, cls._twin).apply  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:

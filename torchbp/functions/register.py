@@ -319,10 +319,9 @@ def _register(
     def autograd(*args: Any) -> Any:
         return recorded(*args) if _recorded(args) else kernel(*args)
 
-    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
-    torch.library.register_fake(
-        f"torchbp_kernels::{name}", _on_one_device(name, fake), lib=_kernels
-    )
+    for library in (_library, _kernels):
+        checked = _on_one_device(name, fake)
+        torch.library.register_fake(f"{library.ns}::{name}", checked, lib=library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 

@@ -173,11 +173,11 @@ class SoftmaxCE(Gate):
             if weight.requires_grad:
                 raise ValueError(f"{op}: weight has no gradient; got one that requires grad")
         if target.dtype == torch.int64:
-            check.shape(op, "target", target, (n,))
+            check_target(target, (n,), input.shape)
             check_classes(target, classes, ignore_index)
         elif target.is_floating_point():
             check.like(op, "target", target, "input", input)
-            check.shape(op, "target", target, (n, classes))
+            check_target(target, (n, classes), input.shape)
             if ignore_index >= 0:
                 raise ValueError(
                     f"{op}: ignore_index wants class indices as target, "
@@ -203,6 +203,16 @@ class SoftmaxCE(Gate):
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
         return loss, torch.logsumexp(input, 1), torch.ones_like(loss)
+
+
+def check_target(target: Tensor, wanted: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the target of an input of some shape has the shape that it wants."""
+    if target.shape != wanted:
+        kind = "class probabilities" if target.is_floating_point() else "class indices"
+        raise ValueError(
+            f"cross_entropy: target wants shape {tuple(wanted)} as {kind} for input of shape "
+            f"{tuple(shape)}, got {tuple(target.shape)}"
+        )
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:

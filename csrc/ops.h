@@ -439,12 +439,9 @@ std::tuple<Tensor, Tensor, Tensor> softmax_ce(const Tensor& input_, const Tensor
   SoftmaxCE ce = describe_softmax_ce("softmax_ce", input, target, weight, ignore_index, label_smoothing);
   const ScalarType compute = compute_dtype(ce.dtype);
   const Tensor lse = empty({ce.n}, compute, input), total = empty({}, compute, input);
-  const Tensor row_loss = empty({ce.n}, compute, input), row_weight = empty({ce.n}, compute, input);
   const Tensor loss =
       empty(reduction == Reduction::none ? std::vector<int64_t>{ce.n} : std::vector<int64_t>{}, ce.dtype, input);
   ce.lse = lse.mutable_data_ptr();
-  ce.row_loss = row_loss.mutable_data_ptr();
-  ce.row_weight = row_weight.mutable_data_ptr();
   Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), total.mutable_data_ptr());
   return {loss, lse, total};
 }

@@ -446,6 +446,25 @@ std::tuple<Tensor, Tensor, Tensor> softmax_ce(const Tensor& input_, const Tensor
   return {loss, lse, total};
 }
 
+// Returns (loss, dinput), the gradient for an upstream gradient of 1 written while the row is in cache: for a loss that
+// is one number. On the CPU alone.
+template <class Backend>
+std::tuple<Tensor, Tensor> softmax_ce_with_gradient(const Tensor& input_, const Tensor& target_,
+                                                    std::optional<Tensor> weight_, int64_t ignore_index,
+                                                    int64_t reduction_, double label_smoothing) {
+  const char* op = "softmax_ce_with_gradient";
+  const Tensor input = dense(input_), target = dense(target_);
+  const auto weight = dense_if_any(weight_);
+  const Reduction reduction = reduction_of(reduction_);
+  STD_TORCH_CHECK(reduction != Reduction::none, "torchbp::", op, ": reduction wants 1 (mean) or 2 (sum), got 0");
+  SoftmaxCE ce = describe_softmax_ce(op, input, target, weight, ignore_index, label_smoothing);
+  const Tensor loss = empty({}, ce.dtype, input), dinput = empty({ce.n, ce.classes}, ce.dtype, input);
+  double total;  // room for either compute dtype
+  ce.grad_input = dinput.mutable_data_ptr();
+  Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), &total);
+  return {loss, dinput};
+}
+
 // Returns (dinput, dtarget), empty where not asked for; dtarget only for class probabilities.
 template <class Backend>
 std::tuple<Tensor, Tensor> softmax_ce_backward(const Tensor& dloss, const Tensor& input_, const Tensor& target_,

@@ -61,29 +61,43 @@ struct Row {
     }
   }
 
-  // Writes the row of the gradients that were asked for. All threads of the group call this.
+  // dloss, divided by what a mean was divided by.
+  TORCHBP_INLINE C upstream() const {
+    const C dloss = a.grad ? load(static_cast<const T*>(a.grad)[i * a.grad_stride]) : C(1);
+    return dloss / *static_cast<const C*>(a.total);
+  }
+  // w q where the target is, without what smoothing puts there.
+  TORCHBP_INLINE C onehot() const { return a.soft ? C(0) : keep * w(target); }
+  // The sum of w q. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void backward(const Group& group, C lse, C total) const {
-    const C g = load(static_cast<const T*>(a.grad)[i * a.grad_stride]) / total;
-    if (a.grad_input) {
-      T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
-      if (ignored() || !in_range()) {
-        for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
-      } else if (has_soft()) {
-        const C onehot = a.soft ? C(0) : keep * w(target);
-        const C mass = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot;
-        for (int64_t c = group.rank; c < a.classes; c += group.size)
-          store(dx + c, g * (exp(load(x[c]) - lse) * mass - w(c) * soft(c) - (c == target ? onehot : C(0))));
-      } else {
-        const C gw = g * w(target);
-        for (int64_t c = group.rank; c < a.classes; c += group.size)
-          store(dx + c, gw * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
-      }
+  TORCHBP_INLINE C mass(const Group& group) const {
+    if (!has_soft()) return onehot();
+    return static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot();
+  }
+
+  // Writes the gradient of the logits. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void backward(const Group& group, C lse) const {
+    T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
+    if (ignored() || !in_range()) {
+      for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
+      return;
     }
-    if (a.grad_probabilities) {
-      T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
-      for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
-    }
+    const C g = upstream(), hot = onehot(), all = mass(group);
+    if (has_soft())
+      for (int64_t c = group.rank; c < a.classes; c += group.size)
+        store(dx + c, g * (exp(load(x[c]) - lse) * all - w(c) * soft(c) - (c == target ? hot : C(0))));
+    else
+      for (int64_t c = group.rank; c < a.classes; c += group.size)
+        store(dx + c, g * hot * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
+  }
+
+  // Writes the gradient of class probabilities. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void backward_probabilities(const Group& group, C lse) const {
+    T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
+    const C g = upstream();
+    for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
   }
 };
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import functions
 from .functions import check
 from .functions.gate import call
+from .functions.softmax_ce import softmax_ce_loss
 
 __all__ = [
     "add",
@@ -331,9 +332,7 @@ def cross_entropy(
     elif input.dim() > 2:
         rows = input.movedim(1, -1).flatten(0, -2)
         target = target.movedim(1, -1).flatten(0, -2) if probabilities else target.flatten()
-    loss, _, _ = call(
-        functions.SoftmaxCE, rows, target, weight, ignore_index, reduction, label_smoothing
-    )
+    loss = softmax_ce_loss(rows, target, weight, ignore_index, reduction, label_smoothing)
     if reduction != "none" or input.dim() == 2:
         return loss
     return loss.reshape(shape[:1] + shape[2:] if input.dim() > 1 else ())

@@ -181,6 +181,12 @@ struct Lanes {
     TORCHBP_PARTS sum.part[i] = Part{} + 1;
   }
 
+  TORCHBP_INLINE void write_lse() {
+    Vector lse;
+    TORCHBP_PARTS lse.part[i] = shift.part[i] + log_sum.part[i];
+    std::copy_n(lse.numbers(), rows, static_cast<C*>(a.lse) + first);
+  }
+
   // What each row loses, 0 where it does not count; lse = shift + log_sum.
   TORCHBP_INLINE void loss(Vector& lost) const {
     TORCHBP_PARTS lost.part[i] = onehot.part[i] * ((shift.part[i] - x_target.part[i]) + log_sum.part[i]);
@@ -193,13 +199,11 @@ struct Lanes {
 
   // Turns p into the gradient g (p / sum * mass - w q), g = dloss / total, and writes it.
   TORCHBP_INLINE void gradient() {
-    const T* const upstream = static_cast<const T*>(a.grad) + first * a.grad_stride;
-    const C total = *static_cast<const C*>(a.total);
-    Vector g, factor, hot;
+    Vector g{}, factor, hot;
     if (a.grad_stride == 0)
-      TORCHBP_PARTS g.part[i] = load(*upstream) / total + Part{};
+      TORCHBP_PARTS g.part[i] += Row<T>(a, first).upstream();
     else
-      for (int k = 0; k < kLanes; ++k) g.numbers()[k] = k < rows ? load(upstream[k * a.grad_stride]) / total : C(0);
+      for (int k = 0; k < rows; ++k) g.numbers()[k] = Row<T>(a, first + k).upstream();
     TORCHBP_PARTS {
       factor.part[i] = g.part[i] * mass.part[i] / sum.part[i];
       hot.part[i] = g.part[i] * onehot.part[i];

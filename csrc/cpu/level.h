@@ -11,6 +11,7 @@
 #include "../softmax_ce.h"
 #include "few_classes.h"
 #include "levels.h"
+#include "many_classes.h"
 
 namespace torchbp::TORCHBP_LEVEL {
 
@@ -62,108 +63,6 @@ void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
   }
 }
 
-// ---- softmax cross-entropy of few classes ------------------------------------------------------------------------
-
-// Rows [begin, end): the loss, and the log-sum-exp and the gradient of the logits where they are asked for.
-template <class T>
-double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  Lanes<T> lanes(a);
-  double sums[kLanes] = {};
-  for (int64_t i = begin; i < end; i += kLanes) {
-    lanes.read(i, std::min<int64_t>(kLanes, end - i));
-    lanes.exponentials();
-    typename Lanes<T>::Vector lost;
-    lanes.loss(lost);
-    for (int k = 0; k < kLanes; ++k) sums[k] += lost.numbers()[k];
-    if (a.loss) store_n(static_cast<T*>(a.loss) + i, lost.numbers(), lanes.rows);
-    if (a.lse)
-      for (int k = 0; k < lanes.rows; ++k)
-        static_cast<C*>(a.lse)[i + k] = lanes.shift.numbers()[k] + lanes.log_sum.numbers()[k];
-    if (a.grad_input) lanes.gradient();
-  }
-  double sum = 0;
-  for (const double s : sums) sum += s;
-  return sum;
-}
-
-template <class T>
-void few_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  Lanes<T> lanes(a);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    lanes.read(i, std::min<int64_t>(kLanes, end - i));
-    lanes.probabilities(static_cast<const Compute<T>*>(a.lse));
-    lanes.gradient();
-  }
-}
-
-// ---- softmax cross-entropy of many classes: vectors along a row --------------------------------------------------
-
-// term(0) + ... + term(n - 1): sixteen running sums that make vectors, emptied into a float64 every so often so that
-// many classes lose no digits.
-struct OneThread {
-  static constexpr int rank = 0, size = 1;
-  template <class F>
-  TORCHBP_INLINE double sum_of(int64_t n, const F& term) const {
-    using C = decltype(term(0));
-    constexpr int64_t lanes = 16, block = 64 * lanes;
-    double sum = 0;
-    for (int64_t begin = 0; begin < n; begin += block) {
-      const int64_t end = std::min(n, begin + block), whole = begin + (end - begin) / lanes * lanes;
-      C sums[lanes] = {};
-      for (int64_t c = begin; c < whole; c += lanes)
-        for (int64_t k = 0; k < lanes; ++k) sums[k] += term(c + k);
-      for (int64_t c = whole; c < end; ++c) sums[0] += term(c);
-      for (const C s : sums) sum += s;
-    }
-    return sum;
-  }
-};
-
-// The largest of a row, NaN aside.
-template <class T>
-TORCHBP_INLINE Compute<T> largest(const T* x, int64_t n) {
-  using C = Compute<T>;
-  constexpr int lanes = 64;
-  C most[lanes];
-  for (C& m : most) m = -std::numeric_limits<C>::infinity();
-  int64_t c = 0;
-  for (; c + lanes <= n; c += lanes)
-    for (int k = 0; k < lanes; ++k) most[k] = load(x[c + k]) > most[k] ? load(x[c + k]) : most[k];
-  for (; c < n; ++c) most[0] = load(x[c]) > most[0] ? load(x[c]) : most[0];
-  for (int k = 1; k < lanes; ++k) most[0] = most[k] > most[0] ? most[k] : most[0];
-  return most[0];
-}
-
-template <class T>
-double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  constexpr OneThread group;
-  double sum = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const Row<T> row(a, i);
-    const T* x = row.x;
-    // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
-    const C most = largest(x, a.classes), shift = most == -std::numeric_limits<C>::infinity() ? C(0) : most;
-    const C lse =
-        shift + log(static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return exp_to_one(load(x[c]) - shift); })));
-    C lost = 0, counted = 0;
-    if (!row.ignored()) row.loss(group, lse, lost, counted);
-    sum += lost;
-    if (a.loss) store(static_cast<T*>(a.loss) + i, lost);
-    if (a.lse) static_cast<C*>(a.lse)[i] = lse;
-    if (a.grad_input) row.backward(group, lse, *static_cast<const C*>(a.total));
-  }
-  return sum;
-}
-
-template <class T>
-void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  for (int64_t i = begin; i < end; ++i)
-    Row<T>(a, i).backward(OneThread(), static_cast<const C*>(a.lse)[i], *static_cast<const C*>(a.total));
-}
-
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
 // What rows of class indices count: 1 or the weight of the class, 0 where ignored. Sets bad_row to a row whose index is
@@ -191,6 +90,48 @@ double softmax_ce_count(const SoftmaxCE& a, int64_t begin, int64_t end, int64_t&
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The rows [begin, end): their losses, and log-sum-exp and gradient of the logits where they are asked for. Returns the
+// sum of the losses.
+template <class T>
+double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  Lanes<T> lanes(a);
+  typename Lanes<T>::Vector lost;
+  double sums[kLanes] = {};
+  for (int64_t i = begin; i < end; i += kLanes) {
+    lanes.read(i, std::min<int64_t>(kLanes, end - i));
+    lanes.exponentials();
+    lanes.loss(lost);
+    for (int k = 0; k < kLanes; ++k) sums[k] += lost.numbers()[k];
+    if (a.loss) store_n(static_cast<T*>(a.loss) + i, lost.numbers(), lanes.rows);
+    if (a.lse) lanes.write_lse();
+    if (a.grad_input) lanes.gradient();
+  }
+  double sum = 0;
+  for (const double s : sums) sum += s;
+  return sum;
+}
+
+template <class T>
+double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  ManyClasses<T> many(a);
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Row<T> row(a, i);
+    C shift, lost = 0, counted = 0;
+    double total;
+    many.softmax(row.x, shift, total);
+    const C lse = shift + log(static_cast<C>(total));
+    const bool one = a.classes <= many.piece.size;
+    if (a.grad_input) many.gradient(row, one ? shift : lse, one ? static_cast<C>(1 / total) : C(1), one);
+    if (!row.ignored()) row.loss(OneThread(), lse, lost, counted);
+    sum += lost;
+    if (a.loss) store(static_cast<T*>(a.loss) + i, lost);
+    if (a.lse) static_cast<C*>(a.lse)[i] = lse;
+  }
+  return sum;
+}
+
 inline bool has_few_classes(const SoftmaxCE& a) { return a.classes > 0 && a.classes <= kFewClasses; }
 
 // Returns the sum of the rows' losses.
@@ -201,10 +142,20 @@ double softmax_ce_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
 
 template <class T>
 void softmax_ce_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  if (has_few_classes(a) && !a.grad_probabilities)
-    few_classes_backward<T>(a, begin, end);
-  else
-    many_classes_backward<T>(a, begin, end);
+  const auto* const lse = static_cast<const Compute<T>*>(a.lse);
+  if (a.grad_input && has_few_classes(a)) {
+    Lanes<T> lanes(a);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      lanes.read(i, std::min<int64_t>(kLanes, end - i));
+      lanes.probabilities(lse);
+      lanes.gradient();
+    }
+  } else if (a.grad_input) {
+    ManyClasses<T> many(a);
+    for (int64_t i = begin; i < end; ++i) many.gradient(Row<T>(a, i), lse[i], 1, false);
+  }
+  if (a.grad_probabilities)
+    for (int64_t i = begin; i < end; ++i) Row<T>(a, i).backward_probabilities(OneThread(), lse[i]);
 }
 
 // ---- maxout ------------------------------------------------------------------------------------------------------

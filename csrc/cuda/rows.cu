@@ -123,9 +123,11 @@ __global__ void __launch_bounds__(kRowThreads<width>) ce_forward(const __grid_co
 template <class T, int width>
 __global__ void __launch_bounds__(kRowThreads<width>) ce_backward(const __grid_constant__ SoftmaxCE a) {
   using C = Compute<T>;
-  const C total = *static_cast<const C*>(a.total);
   for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) {
-    Row<T>(a, i).backward(group, static_cast<const C*>(a.lse)[i], total);
+    const Row<T> row(a, i);
+    const C lse = static_cast<const C*>(a.lse)[i];
+    if (a.grad_input) row.backward(group, lse);
+    if (a.grad_probabilities) row.backward_probabilities(group, lse);
   });
 }
 

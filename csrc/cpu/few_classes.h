@@ -11,9 +11,6 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-constexpr int kLanes = 64;
-constexpr int64_t kFewClasses = 32;
-
 
 // ---- transposing -------------------------------------------------------------------------------------------------
 
@@ -57,36 +54,37 @@ TORCHBP_INLINE void transpose(const C* from, int64_t rows, int64_t columns, C* t
     for (int64_t i = 0; i < rows; ++i) to[j * rows + i] = from[i * columns + j];
 }
 
-// Up to kLanes rows of memory to lanes and back; the lanes of rows that are not there hold 0.
-template <class T>
+// As many rows of memory as there are lanes, or less, to lanes and back; the lanes of rows that are not there hold 0.
+template <int kLanes, int kMost, class T>
 TORCHBP_INLINE void to_lanes(const T* from, int64_t rows, int64_t classes, Compute<T>* lanes) {
   using C = Compute<T>;
   if constexpr (std::is_same_v<T, C>) {
     if (rows == kLanes) return transpose(from, kLanes, classes, lanes);
   }
-  C buffer[kLanes * kFewClasses];
+  C buffer[kLanes * kMost];
   const int64_t n = rows * classes;
   load_n(buffer, from, n);
   std::fill(buffer + n, buffer + kLanes * classes, C(0));
   transpose(buffer, kLanes, classes, lanes);
 }
 
-template <class T>
+template <int kLanes, int kMost, class T>
 TORCHBP_INLINE void from_lanes(const Compute<T>* lanes, int64_t rows, int64_t classes, T* to) {
   using C = Compute<T>;
   if constexpr (std::is_same_v<T, C>) {
     if (rows == kLanes) return transpose(lanes, classes, kLanes, to);
   }
-  C buffer[kLanes * kFewClasses];
+  C buffer[kLanes * kMost];
   transpose(lanes, classes, kLanes, buffer);
   store_n(to, buffer, rows * classes);
 }
 
 // ---- the block ---------------------------------------------------------------------------------------------------
 
-// kLanes rows at most.
-template <class T>
+// kLanes rows at most, of kMost classes at most.
+template <class T, int kLanes, int kMost>
 struct Lanes {
+  static constexpr int lanes = kLanes;
   using C = Compute<T>;
   using Int = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
   static constexpr int width = TORCHBP_VECTOR_BYTES / sizeof(C), parts = kLanes / width;
@@ -104,9 +102,9 @@ struct Lanes {
   const C keep, smooth_each;
   const bool has_soft;  // whether w q has a part besides the one-hot one
   int64_t first = 0, rows = 0;
-  Vector x[kFewClasses];       // logits
-  Vector p[kFewClasses];       // probabilities, up to a factor of each row
-  Vector wq[kFewClasses];      // w q without its one-hot part, if it has another
+  Vector x[kMost];       // logits
+  Vector p[kMost];       // probabilities, up to a factor of each row
+  Vector wq[kMost];      // w q without its one-hot part, if it has another
   Vector x_target, onehot;     // x and the one-hot part of w q where the target is
   Vector mass;                 // sum of w q
   Vector shift, sum, log_sum;  // the largest x, the sum of exp(x - shift) and its logarithm
@@ -127,7 +125,7 @@ struct Lanes {
   TORCHBP_INLINE void read(int64_t row, int64_t n) {
     first = row;
     rows = n;
-    to_lanes(static_cast<const T*>(a.input) + first * a.classes, rows, a.classes, x->numbers());
+    to_lanes<kLanes, kMost>(static_cast<const T*>(a.input) + first * a.classes, rows, a.classes, x->numbers());
     Int* const t = reinterpret_cast<Int*>(target);
     Int* const there = reinterpret_cast<Int*>(counts);
     for (int k = 0; k < kLanes; ++k) t[k] = -1;
@@ -149,7 +147,7 @@ struct Lanes {
     mass = onehot = of_w;
     if (!has_soft) return;
     if (a.soft)
-      to_lanes(static_cast<const T*>(a.probabilities) + first * a.classes, rows, a.classes, wq->numbers());
+      to_lanes<kLanes, kMost>(static_cast<const T*>(a.probabilities) + first * a.classes, rows, a.classes, wq->numbers());
     for (int64_t c = 0; c < a.classes; ++c)
       TORCHBP_PARTS {
         wq[c].part[i] = w(c) * ((a.soft ? keep * wq[c].part[i] : Part{}) + smooth_each);
@@ -173,15 +171,17 @@ struct Lanes {
     for (int k = 0; k < kLanes; ++k) log_sum.numbers()[k] = log(sum.numbers()[k]);
   }
 
-  // p = exp(x - lse), whose sum is 1; lse [n].
-  TORCHBP_INLINE void probabilities(const C* lse) {
-    for (int k = 0; k < kLanes; ++k) shift.numbers()[k] = k < rows ? lse[first + k] : C(0);
+  // p = exp(x - lse), whose sum is 1.
+  TORCHBP_INLINE void probabilities() {
+    const C* const lse = static_cast<const C*>(a.lse) + first;
+    for (int k = 0; k < kLanes; ++k) shift.numbers()[k] = k < rows ? lse[k] : C(0);
     for (int64_t c = 0; c < a.classes; ++c)
       for (int k = 0; k < kLanes; ++k) p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
     TORCHBP_PARTS sum.part[i] = Part{} + 1;
   }
 
-  TORCHBP_INLINE void write_lse() {
+  TORCHBP_INLINE void write_loss(Vector& lost) const { store_n(static_cast<T*>(a.loss) + first, lost.numbers(), rows); }
+  TORCHBP_INLINE void write_lse() const {
     Vector lse;
     TORCHBP_PARTS lse.part[i] = shift.part[i] + log_sum.part[i];
     std::copy_n(lse.numbers(), rows, static_cast<C*>(a.lse) + first);
@@ -215,7 +215,7 @@ struct Lanes {
         if (has_soft) d -= g.part[i] * wq[c].part[i];
         p[c].part[i] = counts[i] ? d : Part{};
       }
-    from_lanes(p->numbers(), rows, a.classes, static_cast<T*>(a.grad_input) + first * a.classes);
+    from_lanes<kLanes, kMost>(p->numbers(), rows, a.classes, static_cast<T*>(a.grad_input) + first * a.classes);
   }
 };
 #undef TORCHBP_PARTS

@@ -92,23 +92,33 @@ double softmax_ce_count(const SoftmaxCE& a, int64_t begin, int64_t end, int64_t&
 
 // The rows [begin, end): their losses, and log-sum-exp and gradient of the logits where they are asked for. Returns the
 // sum of the losses.
-template <class T>
+template <class Lanes>
 double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  Lanes<T> lanes(a);
-  typename Lanes<T>::Vector lost;
-  double sums[kLanes] = {};
-  for (int64_t i = begin; i < end; i += kLanes) {
-    lanes.read(i, std::min<int64_t>(kLanes, end - i));
-    lanes.exponentials();
-    lanes.loss(lost);
-    for (int k = 0; k < kLanes; ++k) sums[k] += lost.numbers()[k];
-    if (a.loss) store_n(static_cast<T*>(a.loss) + i, lost.numbers(), lanes.rows);
-    if (a.lse) lanes.write_lse();
-    if (a.grad_input) lanes.gradient();
+  Lanes block(a);
+  typename Lanes::Vector lost;
+  double sums[Lanes::lanes] = {};
+  for (int64_t i = begin; i < end; i += Lanes::lanes) {
+    block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
+    block.exponentials();
+    block.loss(lost);
+    for (int k = 0; k < Lanes::lanes; ++k) sums[k] += lost.numbers()[k];
+    if (a.loss) block.write_loss(lost);
+    if (a.lse) block.write_lse();
+    if (a.grad_input) block.gradient();
   }
   double sum = 0;
   for (const double s : sums) sum += s;
   return sum;
+}
+
+template <class Lanes>
+void few_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  Lanes block(a);
+  for (int64_t i = begin; i < end; i += Lanes::lanes) {
+    block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
+    block.probabilities();
+    block.gradient();
+  }
 }
 
 template <class T>
@@ -132,30 +142,36 @@ double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   return sum;
 }
 
-inline bool has_few_classes(const SoftmaxCE& a) { return a.classes > 0 && a.classes <= kFewClasses; }
+template <class T>
+void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  ManyClasses<T> many(a);
+  for (int64_t i = begin; i < end; ++i)
+    many.gradient(Row<T>(a, i), static_cast<const Compute<T>*>(a.lse)[i], 1, false);
+}
 
-// Returns the sum of the rows' losses.
+// Blocks that fit in L1: the fewer classes, the more rows, so that each step has several vectors to work on.
+template <class T>
+using Few = Lanes<T, 64, 32>;
+template <class T>
+using NotSoFew = Lanes<T, 16, 128>;
+
 template <class T>
 double softmax_ce_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  return has_few_classes(a) ? few_classes_forward<T>(a, begin, end) : many_classes_forward<T>(a, begin, end);
+  if (a.classes == 0 || a.classes > 128) return many_classes_forward<T>(a, begin, end);
+  return a.classes <= 32 ? few_classes_forward<Few<T>>(a, begin, end) : few_classes_forward<NotSoFew<T>>(a, begin, end);
 }
 
 template <class T>
 void softmax_ce_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  const auto* const lse = static_cast<const Compute<T>*>(a.lse);
-  if (a.grad_input && has_few_classes(a)) {
-    Lanes<T> lanes(a);
-    for (int64_t i = begin; i < end; i += kLanes) {
-      lanes.read(i, std::min<int64_t>(kLanes, end - i));
-      lanes.probabilities(lse);
-      lanes.gradient();
-    }
-  } else if (a.grad_input) {
-    ManyClasses<T> many(a);
-    for (int64_t i = begin; i < end; ++i) many.gradient(Row<T>(a, i), lse[i], 1, false);
-  }
+  if (a.grad_input && a.classes > 128)
+    many_classes_backward<T>(a, begin, end);
+  else if (a.grad_input && a.classes > 32)
+    few_classes_backward<NotSoFew<T>>(a, begin, end);
+  else if (a.grad_input && a.classes > 0)
+    few_classes_backward<Few<T>>(a, begin, end);
   if (a.grad_probabilities)
-    for (int64_t i = begin; i < end; ++i) Row<T>(a, i).backward_probabilities(OneThread(), lse[i]);
+    for (int64_t i = begin; i < end; ++i)
+      Row<T>(a, i).backward_probabilities(OneThread(), static_cast<const Compute<T>*>(a.lse)[i]);
 }
 
 // ---- maxout ------------------------------------------------------------------------------------------------------

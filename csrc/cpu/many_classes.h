@@ -35,9 +35,13 @@ struct OneThread {
 template <class T>
 struct Piece {
   using C = Compute<T>;
-  static constexpr int64_t size = 2048, lanes = 64;
+  static constexpr int width = TORCHBP_VECTOR_BYTES / sizeof(C);
+  static constexpr int64_t size = 2048, lanes = 4 * width;
+  typedef C Vector __attribute__((vector_size(TORCHBP_VECTOR_BYTES)));
   int64_t padded = 0;
   alignas(64) C x[size];
+
+  TORCHBP_INLINE const Vector& vector(int64_t j) const { return reinterpret_cast<const Vector*>(x)[j]; }
 
   TORCHBP_INLINE void read(const T* from, int64_t n) {
     padded = (n + lanes - 1) / lanes * lanes;
@@ -45,22 +49,29 @@ struct Piece {
     load_n(x, from, n);
   }
 
-  // f(a, b) over all x, pairwise in the end; in any lane a nan of the first argument stays, or may be dropped.
-  template <class F>
-  TORCHBP_INLINE C reduce(const F& f) const {
-    C r[lanes];
-    for (int k = 0; k < lanes; ++k) r[k] = x[k];
-    for (int64_t j = lanes; j < padded; j += lanes)
-      for (int k = 0; k < lanes; ++k) r[k] = f(r[k], x[j + k]);
-    for (int half = lanes / 2; half > 0; half /= 2)
-      for (int k = 0; k < half; ++k) r[k] = f(r[k], r[k + half]);
-    return r[0];
-  }
+  // The largest, in each place of a vector; nan aside, unless it is first there.
   TORCHBP_INLINE C most() const {
-    return reduce([](C a, C b) { return b > a ? b : a; });
+    Vector m[4];
+    for (int i = 0; i < 4; ++i) m[i] = vector(i);
+    for (int64_t j = 4; j < padded / width; j += 4)
+      for (int i = 0; i < 4; ++i) m[i] = vector(j + i) > m[i] ? vector(j + i) : m[i];
+    for (int i = 1; i < 4; ++i) m[0] = m[i] > m[0] ? m[i] : m[0];
+    C all = m[0][0];
+    for (int k = 1; k < width; ++k) all = m[0][k] > all ? m[0][k] : all;
+    return all;
   }
+
   TORCHBP_INLINE C sum() const {
-    return reduce([](C a, C b) { return a + b; });
+    Vector s[4];
+    for (int i = 0; i < 4; ++i) s[i] = vector(i);
+    for (int64_t j = 4; j < padded / width; j += 4)
+      for (int i = 0; i < 4; ++i) s[i] += vector(j + i);
+    const Vector all = (s[0] + s[1]) + (s[2] + s[3]);
+    C sums[width];
+    memcpy(sums, &all, sizeof(all));
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    return sums[0];
   }
 
   TORCHBP_INLINE void exponentials(C shift) {

@@ -31,6 +31,7 @@ switches  = $(CXX) $(shell command -v nvcc 2>/dev/null) $(CUDA_HOME) \
 VENV     := $(call stamp,venv,$(shell $(PYTHON) -c '$(identity)' 2>/dev/null) $(CURDIR))
 PACKAGES := $(call stamp,packages,$(VENV) $(TORCH),requirements.txt)
 BUILD    := $(call stamp,build,$(PACKAGES) $(SOURCES) $(switches),setup.py $(SOURCES))
+BENCH    := $(call stamp,bench,$(PACKAGES),requirements-bench.txt)
 EDITABLE := $(call stamp,editable,$(PACKAGES),setup.py pyproject.toml torchbp/version.py)
 
 # $(call check,ARGUMENTS of scripts/check_environment): stops with its one line if something is
@@ -38,7 +39,7 @@ EDITABLE := $(call stamp,editable,$(PACKAGES),setup.py pyproject.toml torchbp/ve
 check    = $(call stop,$(shell sh scripts/check_environment $(1)))
 stop     = $(if $(1),$(error $(1)))
 
-.PHONY: help build train test lint format lock clean distclean torch-imports
+.PHONY: help build train test bench lint format lock clean distclean torch-imports
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,9 @@ train: build  ## build, then train an MLP on images: make train ARGS="--epochs 1
 test: lint build  ## lint, build, then every test: make test PYTEST_ARGS="-k relu"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
+bench: build $(BENCH)  ## install JAX, time everything against it and torch: make bench ARGS="--case loop"
+	@$(BIN)/python scripts/benchmark.py $(ARGS)
+
 lint: $(PACKAGES)  ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/ruff format --check
@@ -63,10 +67,13 @@ format: $(PACKAGES)  ## rewrite the sources as lint wants them
 	@$(BIN)/ruff format --quiet
 	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-lock:  ## pin requirements.txt anew from pyproject.toml (needs uv)
-	uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate \
-	    --custom-compile-command "make lock" --extra dev --group build \
-	    pyproject.toml -o requirements.txt
+# What only the benchmark needs is in a file of its own, its pins those of the first file.
+pin  = uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate \
+    --custom-compile-command "make lock" pyproject.toml
+
+lock:  ## pin the requirements anew from pyproject.toml (needs uv)
+	$(pin) --extra dev --group build -o requirements.txt
+	$(pin) --extra bench --constraint requirements.txt -o requirements-bench.txt
 
 clean:  ## remove what was built
 	@rm -rf build dist *.egg-info .venv/.build-* .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -91,6 +98,12 @@ $(PACKAGES): $(VENV)
 	@$(PIP) install $$TORCH
 	@echo "Installing requirements.txt"
 	@$(PIP) install --no-deps -r requirements.txt
+	@touch $@
+
+$(BENCH): $(PACKAGES)
+	@rm -f .venv/.bench-*
+	@echo "Installing requirements-bench.txt"
+	@$(PIP) install --no-deps -r requirements-bench.txt
 	@touch $@
 
 torch-imports: $(PACKAGES)

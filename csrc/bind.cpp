@@ -1,4 +1,5 @@
-// What Python reads from the binary: the table's text, the SIMD level in use, how it was built. No torch headers here.
+// What Python reads from the binary (the table's text, the SIMD level in use, how it was built), and what it leaves to
+// C++ for speed. No torch headers here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,8 @@ const char* cpu_level();
 }
 
 namespace {
+
+namespace py = pybind11;
 
 using Row = std::map<std::string, std::string>;
 
@@ -42,11 +45,44 @@ std::string compiler() {
 #endif
 }
 
+// Whether things are as they were: of each (container, key, value), container[key] is still that very value. The
+// container is a dict, a list, or any object whose attribute the key names; with None for a key the value is the length
+// of a dict or list. A training step asks this of a whole model and its optimizer, so that it has to take nanoseconds.
+bool unchanged(const py::tuple& conditions) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(conditions.ptr()); ++i) {
+    PyObject* const condition = PyTuple_GET_ITEM(conditions.ptr(), i);
+    PyObject* const container = PyTuple_GET_ITEM(condition, 0);
+    PyObject* const key = PyTuple_GET_ITEM(condition, 1);
+    PyObject* const value = PyTuple_GET_ITEM(condition, 2);
+    PyObject* found = nullptr;  // borrowed
+    if (key == Py_None) {
+      const Py_ssize_t size = PyDict_Check(container) ? PyDict_GET_SIZE(container) : PyList_GET_SIZE(container);
+      if (size != PyLong_AsSsize_t(value)) return false;
+      continue;
+    }
+    if (PyDict_Check(container)) {
+      found = PyDict_GetItemWithError(container, key);
+      if (!found && PyErr_Occurred()) throw py::error_already_set();
+    } else if (PyList_Check(container)) {
+      const Py_ssize_t place = PyLong_AsSsize_t(key);
+      found = place < PyList_GET_SIZE(container) ? PyList_GET_ITEM(container, place) : nullptr;
+    } else {
+      const py::object attribute = py::reinterpret_steal<py::object>(PyObject_GetAttr(container, key));
+      if (!attribute) throw py::error_already_set();
+      if (attribute.ptr() != value) return false;
+      continue;
+    }
+    if (found != value) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "torchbp's binary: importing it registers torch.ops.torchbp.";
   m.def("rows", &rows, "The table of gates: one dict a row, column name -> text as it was compiled.");
   m.def("cpu_level", &torchbp::cpu_level, "The SIMD level in use: baseline, avx2 or avx512.");
+  m.def("unchanged", &unchanged, "Whether container[key] is value for each (container, key, value).");
   m.def("compiler", &compiler, "The C++ compiler that built the extension.");
 }

@@ -16,6 +16,7 @@
 namespace torchbp {
 
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
@@ -41,16 +42,14 @@ inline void check_like(const char* op, const char* argument, const Tensor& t, co
   check_device(op, argument, t, first);
 }
 
-// Sizes: a vector of them, or the sizes() of another tensor.
-template <class Sizes>
-bool has_shape(const Tensor& t, const Sizes& wanted) {
-  return static_cast<size_t>(t.dim()) == wanted.size() && std::equal(wanted.begin(), wanted.end(), t.sizes().begin());
+inline bool has_shape(const Tensor& t, Sizes wanted) {
+  const Sizes sizes = t.sizes();
+  return sizes.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), sizes.begin());
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) { return has_shape(a, b.sizes()); }
 
-template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
+inline std::string shape_text(Sizes sizes) {
   std::string text;
   for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
   return "(" + text + ")";
@@ -58,8 +57,7 @@ std::string shape_text(const Sizes& sizes) {
 
 inline std::string shape_text(const Tensor& t) { return shape_text(t.sizes()); }
 
-template <class Sizes = std::vector<int64_t>>
-void check_shape(const char* op, const char* argument, const Tensor& t, const Sizes& wanted) {
+inline void check_shape(const char* op, const char* argument, const Tensor& t, Sizes wanted) {
   STD_TORCH_CHECK(has_shape(t, wanted), "torchbp::", op, ": ", argument, " wants shape ", shape_text(wanted), ", got ",
                   shape_text(t));
 }
@@ -70,9 +68,33 @@ inline ScalarType compute_dtype(ScalarType dtype) {
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
+// A new tensor on the device of `like`. Not through the dispatcher, which takes a microsecond to find an operation.
+inline Tensor empty_strided(Sizes sizes, const int64_t* strides, int32_t dtype, const Tensor& like) {
+  int32_t device_type, device_index;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
+                                                  device_type, device_index, &result));
+  return Tensor(result);
+}
+
 // A new tensor on the device of `like`, contiguous.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[kMaxDims], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return empty_strided(sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like);
+}
+
+// A new tensor like `t`, with its layout: torch.empty_like.
+inline Tensor new_like(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return empty_strided(t.sizes(), t.strides().data(), dtype, t);
 }
 
 // Stands for an output that was not asked for.

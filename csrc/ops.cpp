@@ -52,6 +52,13 @@ void define_operations(StableLibrary& m) {
   m.def("max_pieces(Tensor z) -> (Tensor, Tensor)");
   m.def("max_pieces_backward(Tensor dy, Tensor index, int pieces) -> Tensor");
   m.def("l2_penalty(Tensor[] tensors) -> Tensor");
+  m.def("sgd_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] momentum_buffers, float[] groups) -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, float[] groups) -> ()");
+  m.def(
+      "image_batch(Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
+      "ScalarType dtype) -> Tensor");
 }
 
 }  // namespace

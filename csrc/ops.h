@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "activation.h"
 #include "check.h"
 #include "kernels.h"
 
@@ -102,7 +103,7 @@ constexpr const char* name_of() {
 template <class Backend, Kernel kernel>
 Tensor unary_with(const Tensor& x, double parameter) {
   check_floating(name_of<kernel>(), "x", x);
-  const Tensor y = torch::stable::empty_like(x);
+  const Tensor y = new_like(x);
   Backend::elementwise(kernel, make_loop({&y, &x}, parameter));
   return y;
 }
@@ -118,7 +119,7 @@ Tensor unary_backward_with(const Tensor& dy, const Tensor& saved, double paramet
   check_floating(name_of<kernel>(), "dy", dy);
   check_like(name_of<kernel>(), "saved", saved, dy);
   check_shape(name_of<kernel>(), "saved", saved, dy.sizes());
-  const Tensor dx = torch::stable::empty_like(saved);
+  const Tensor dx = new_like(saved);
   Backend::elementwise(kernel, make_loop({&dx, &dy, &saved}, parameter));
   return dx;
 }
@@ -148,8 +149,8 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   check_floating(op, "a", a);
   check_like(op, "b", b, a);
   const auto shape = broadcast_shape(op, a, b);
-  const Tensor y = has_shape(a, shape)   ? torch::stable::empty_like(a)
-                   : has_shape(b, shape) ? torch::stable::empty_like(b)
+  const Tensor y = has_shape(a, shape)   ? new_like(a)
+                   : has_shape(b, shape) ? new_like(b)
                                          : empty(shape, a.scalar_type(), a);
   Backend::elementwise(kernel, make_loop({&y, &a, &b}));
   return y;
@@ -167,7 +168,7 @@ inline Tensor reduce_to(const Tensor& full, const Tensor& input) {
 }
 
 inline Tensor gradient_buffer(const Tensor& dy, const Tensor& input) {
-  return same_shape(dy, input) ? torch::stable::empty_like(input) : empty(sizes_of(dy), dy.scalar_type(), dy);
+  return same_shape(dy, input) ? new_like(input) : empty(sizes_of(dy), dy.scalar_type(), dy);
 }
 
 inline void check_binary_backward(const char* op, const Tensor& dy, const Tensor& a, const Tensor& b) {
@@ -214,28 +215,11 @@ inline Tensor affine(const Tensor& x, const Tensor& weight, const std::optional<
 
 // ---- activations of linear and mlp -------------------------------------------------------------------------------
 
-// A row of the table as the epilogue of a product.
-struct Activation {
-  Kernel forward, backward;
-  bool any, saves_x;
-};
-
-inline Activation activation_of(const char* op, std::string_view wanted) {
-  if (wanted == "none") return {Kernel::count, Kernel::count, false, false};
-#define ROW(name, parameter, forward, saves, ...)               \
-  if (wanted == #name && std::string_view(#saves) != "nothing") \
-    return {Kernel::name##_forward, Kernel::name##_backward, true, std::string_view(#saves) == "x"};
-  TORCHBP_UNARY_GATES(ROW)
-#undef ROW
-  STD_TORCH_CHECK(false, "torchbp::", op,
-                  ": activation wants the name of a unary gate that saves x or y, or none, got ", std::string(wanted));
-}
-
 // Applies an activation to z, a tensor of our own. Returns (y, saved): in place where the gradient reads y.
 template <class Backend>
 std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activation, double parameter) {
   if (!activation.any) return {z, nothing(z)};
-  const Tensor y = activation.saves_x ? torch::stable::empty_like(z) : z;
+  const Tensor y = activation.saves_x ? new_like(z) : z;
   Backend::elementwise(activation.forward, make_loop({&y, &z}, parameter));
   return {y, activation.saves_x ? z : nothing(z)};
 }
@@ -244,7 +228,7 @@ std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activatio
 template <class Backend>
 Tensor activate_backward(const Tensor& dy, const Tensor& saved, const Activation& activation, double parameter) {
   if (!activation.any) return dy;
-  const Tensor dz = torch::stable::empty_like(saved);
+  const Tensor dz = new_like(saved);
   Backend::elementwise(activation.backward, make_loop({&dz, &dy, &saved}, parameter));
   return dz;
 }
@@ -287,13 +271,21 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const s
                                   std::string activation, double parameter) {
   check_linear("linear", x, weight, bias);
   const Activation f = activation_of("linear", activation);
-  const auto [y, z] = activate<Backend>(affine(matrix(x), weight, bias), f, parameter);
+  const Tensor rows = matrix(x);
+  const auto [y, z] = [&]() -> std::tuple<Tensor, Tensor> {
+    if constexpr (Backend::own_products)
+      if (Backend::fits(rows, weight)) return Backend::linear(rows, weight, bias, f, parameter);
+    return activate<Backend>(affine(rows, weight, bias), f, parameter);
+  }();
   return {like_rows_of(x, y), f.saves_x ? like_rows_of(x, z) : z};
 }
 
 // dz [n, out] -> dx = dz W, dW = dz^T x, db = sum of dz over the rows; x [n, in]. Those not asked for are empty.
-inline std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
-                                             bool need_weight, bool need_bias) {
+template <class Backend>
+std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
+                                      bool need_weight, bool need_bias) {
+  if constexpr (Backend::own_products)
+    if (Backend::fits(x, weight)) return Backend::affine_backward(dz, x, weight, need_x, need_weight, need_bias);
   const std::array<int64_t, 1> rows{0};
   return {need_x ? mm(dz, weight) : nothing(dz), need_weight ? mm(transpose(dz), x) : nothing(dz),
           need_bias ? torch::stable::sum(dz, rows) : nothing(dz)};
@@ -307,14 +299,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   check_like("linear_backward", "dy", dy, x);
   const Activation f = activation_of("linear_backward", activation);
   const Tensor dz = activate_backward<Backend>(matrix(dy), f.any ? matrix(saved) : saved, f, parameter);
-  const auto [dx, dw, db] = affine_backward(dz, matrix(x), weight, need_x, need_weight, need_bias);
+  const auto [dx, dw, db] = affine_backward<Backend>(dz, matrix(x), weight, need_x, need_weight, need_bias);
   return {need_x ? like_rows_of(x, dx) : dx, dw, db};
 }
 
 // ---- mlp ---------------------------------------------------------------------------------------------------------
 
-inline void check_mlp(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
-                      const std::vector<Tensor>& biases) {
+inline void check_mlp(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   STD_TORCH_CHECK(!weights.empty(), "torchbp::", op, ": weights wants at least one matrix");
   STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "torchbp::", op, ": biases wants none or ",
                   weights.size(), ", got ", biases.size());
@@ -325,11 +316,13 @@ inline void check_mlp(const char* op, const Tensor& x, const std::vector<Tensor>
 template <class Backend>
 std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
                         std::string activation, double parameter) {
-  check_mlp("mlp", x, weights, biases);
+  check_mlp("mlp", weights, biases);
   const Activation f = activation_of("mlp", activation);
   std::vector<Tensor> result(1);
   check_floating("mlp", "x", x);
   STD_TORCH_CHECK(x.dim() >= 1, "torchbp::mlp: x wants shape (..., in_features), got a number");
+  if constexpr (Backend::own_products)
+    if (Backend::fits_network(x, weights, biases)) return Backend::mlp(x, weights, biases, f, parameter);
   Tensor h = matrix(x);
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::optional<Tensor> bias = biases.empty() ? std::nullopt : std::optional<Tensor>(biases[i]);
@@ -358,6 +351,9 @@ std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<
   STD_TORCH_CHECK(layers > 0 && saved.size() == (layers - 1) * per_layer && need_weights.size() == layers &&
                       (need_biases.empty() || need_biases.size() == layers),
                   "torchbp::mlp_backward: wants what mlp returned and one flag for each weight and bias");
+  if constexpr (Backend::own_products)
+    if (Backend::fits_network(x, weights, {}) && Backend::fits_saved(saved, x.size(0)))
+      return Backend::mlp_backward(dy, x, weights, saved, f, parameter, need_x, need_weights, need_biases);
   std::vector<Tensor> result(1 + layers + need_biases.size());
   Tensor dz = matrix(dy);
   for (size_t i = layers; i-- > 0;) {
@@ -366,7 +362,7 @@ std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<
     bool further = need_x;
     for (size_t j = 0; j < i; ++j) further |= need_weights[j] || (!need_biases.empty() && need_biases[j]);
     auto [dh, dw, db] =
-        affine_backward(dz, h, weights[i], further, need_weights[i], !need_biases.empty() && need_biases[i]);
+        affine_backward<Backend>(dz, h, weights[i], further, need_weights[i], !need_biases.empty() && need_biases[i]);
     result[1 + i] = dw;
     if (!need_biases.empty()) result[1 + layers + i] = db;
     if (i == 0) {

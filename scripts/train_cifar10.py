@@ -195,6 +195,13 @@ def parser() -> Parser:
         metavar="N",
         help=f"of everything random {default}",
     )
+    group.add_argument(
+        "--compile",
+        action=flag,
+        default=True,
+        help="do a training step in one operation where that gives the same: on the CPU, without"
+        " --amp, --dropout and --baseline (default: yes)",
+    )
     group.add_argument("--device", type=device, default="cpu", help=default)
     group.add_argument(
         "--amp",
@@ -321,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, 2)
 
     model, criterion = build_model(args, len(classes))
-    optimizer = torch.optim.SGD(
+    kind = torch.optim.SGD if args.baseline else torchbp.optim.SGD
+    optimizer = kind(
         model.parameters(),
         lr=args.lr,
         momentum=args.momentum,
@@ -330,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     factor = warmup_cosine(steps=args.epochs * len(train_batches), warmup=0.15)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    step, is_cpu = None, torch.device(args.device).type == "cpu"
+    if args.compile and not (args.baseline or args.amp or args.dropout) and is_cpu:
+        step = torchbp.compile_step(model, optimizer, args.label_smoothing)
     history: list[dict[str, Any]] = []
 
     def save_metrics() -> None:
@@ -380,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.amp,
                 log,
                 on_epoch=save,
+                step=step,
             )
     except KeyboardInterrupt:
         print(f"interrupted in epoch {len(history) + 1}: ending with the weights of the moment")

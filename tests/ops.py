@@ -18,7 +18,7 @@ from torch import Tensor
 
 import torchbp.functional as F
 
-__all__ = ["CASES", "DTYPES", "OPS", "RAW_OPS", "Case", "Input", "Op"]
+__all__ = ["CASES", "DTYPES", "IN_PLACE_OPS", "OPS", "RAW_OPS", "Case", "Input", "Op"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -510,11 +510,14 @@ OPS: Mapping[str, Op] = {
 
 CASES: tuple[Case, ...] = tuple(case for op in OPS.values() for case in op.cases)
 
-#: Every operation of torch.ops.torchbp, from the registry itself.
-RAW_OPS: tuple[str, ...] = tuple(
-    sorted(
-        name.removeprefix("torchbp::")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("torchbp::")
-    )
+#: Every operation of torch.ops.torchbp, from the registry itself; those of torchbp.optim change
+#: their arguments, and tests/optim tests them.
+_REGISTERED = sorted(
+    name.removeprefix("torchbp::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("torchbp::")
 )
+IN_PLACE_OPS: tuple[str, ...] = tuple(
+    name for name in _REGISTERED if getattr(torch.ops.torchbp, name).default._schema.is_mutable
+)
+RAW_OPS: tuple[str, ...] = tuple(name for name in _REGISTERED if name not in IN_PLACE_OPS)

@@ -2,14 +2,25 @@
 
 Every gradient is written by hand once, in the table of gates `csrc/gates.h`. `torchbp.functions`
 holds the `torch.autograd.Function` classes, `torchbp.functional` and `torchbp.nn` are used as
-`torch.nn.functional` and `torch.nn` are.
+`torch.nn.functional` and `torch.nn` are, `torchbp.optim` as `torch.optim` is.
 """
 
 from __future__ import annotations
 
-from . import functional, functions, nn
+from . import functional, functions, nn, optim
 from .convert import convert
 from .functions.table import ROWS, cpu_level
+from .optim import compile_step
 from .version import __version__
 
-__all__ = ["ROWS", "__version__", "convert", "cpu_level", "functional", "functions", "nn"]
+__all__ = [
+    "ROWS",
+    "__version__",
+    "compile_step",
+    "convert",
+    "cpu_level",
+    "functional",
+    "functions",
+    "nn",
+    "optim",
+]

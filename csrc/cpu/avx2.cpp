@@ -9,7 +9,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define TORCHBP_LEVEL avx2
-#define TORCHBP_VECTOR_BYTES 32
+#define TORCHBP_VECTOR 32
 #include "level.h"
 
 const torchbp::Level& torchbp::avx2_level() {

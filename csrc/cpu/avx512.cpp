@@ -10,7 +10,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 #define TORCHBP_LEVEL avx512
-#define TORCHBP_VECTOR_BYTES 64
+#define TORCHBP_VECTOR 64
 #include "level.h"
 
 const torchbp::Level& torchbp::avx512_level() {

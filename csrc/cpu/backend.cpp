@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -32,11 +33,6 @@ const Level& detect_level() {
   STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "TORCHBP_CPU=", wanted,
                   ": wants baseline, avx2 or avx512, and a level that this machine has");
   return baseline_level();
-}
-
-const Level& level() {
-  static const Level& chosen = detect_level();
-  return chosen;
 }
 
 // PyTorch's own grain: below this many elements a second thread costs more than it saves.
@@ -122,6 +118,11 @@ void write_compute(void* p, DtypeIndex compute, double value) {
 }
 
 }  // namespace
+
+const Level& level() {
+  static const Level& chosen = detect_level();
+  return chosen;
+}
 
 const char* cpu_level() { return level().name; }
 
@@ -231,6 +232,53 @@ void Cpu::add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void
     *static_cast<double*>(result) += sum;
   else
     *static_cast<float*>(result) += static_cast<float>(sum);
+}
+
+namespace {
+
+// Whether what is written for one parameter is written for another one too, or for the same one given twice.
+bool overlap(const std::vector<Parameter>& parameters) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const Parameter& p : parameters)
+    for (const void* data : {static_cast<const void*>(p.data), static_cast<const void*>(p.state[0]),
+                             static_cast<const void*>(p.state[1])}) {
+      const char* const begin = static_cast<const char*>(data);
+      if (begin) spans.emplace_back(begin, begin + p.n * element_size(dtype_index(p.dtype)));
+    }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
+
+}  // namespace
+
+void Cpu::update(const std::vector<Parameter>& parameters) {
+  int64_t total = 0;
+  for (const Parameter& p : parameters) total += p.n;
+  // The elements [begin, end) of all parameters, one after the other.
+  const auto run = [&](int64_t begin, int64_t end) {
+    int64_t at = 0;
+    for (const Parameter& p : parameters) {
+      const int64_t first = std::max(begin - at, int64_t(0)), n = std::min(end - at, p.n) - first;
+      at += p.n;
+      if (n <= 0) continue;
+      const int64_t offset = first * element_size(dtype_index(p.dtype));
+      const auto moved = [&](auto* data) { return data ? static_cast<char*>(data) + offset : nullptr; };
+      level().update[dtype_index(p.dtype)](p.update, moved(p.data), static_cast<const char*>(p.grad) + offset,
+                                           moved(p.state[0]), moved(p.state[1]), n);
+    }
+  };
+  // Those that share memory are updated in turn, as one after the other would be.
+  parallel(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
+}
+
+void Cpu::batch(const Batch& batch) {
+  const int64_t area = batch.height * batch.width;
+  parallel(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
+    level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
+  });
 }
 
 }  // namespace torchbp

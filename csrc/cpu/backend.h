@@ -1,11 +1,23 @@
 // The CPU backend: what ops.h calls to run a description on the CPU, with threads and the SIMD level of the machine.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../activation.h"
+#include "../batch.h"
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
 struct Cpu {
+  using Tensor = torch::stable::Tensor;
+
   static void elementwise(Kernel kernel, const Loop& loop);
 
   // loss [n] (reduction none) or one number, in the dtype of the input; total, in the compute dtype, what a mean was
@@ -18,6 +30,28 @@ struct Cpu {
 
   // Adds the sum of squares of n elements to *result, in the compute dtype.
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);
+
+  // Products of this backend's own (products.cpp), where they fit; ops.h has checked the arguments of linear, and falls
+  // back on PyTorch's where they do not fit.
+  static constexpr bool own_products = true;
+  static bool fits(const Tensor& x, const Tensor& weight);
+  static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Activation& f, double parameter);
+  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
+                                               bool need_weight, bool need_bias);
+  static bool fits_network(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
+  static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                 const Activation& f, double parameter);
+  static bool fits_saved(const std::vector<Tensor>& saved, int64_t n);
+  static std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& saved, const Activation& f, double parameter,
+                                          bool need_x, const std::vector<int64_t>& need_weights,
+                                          const std::vector<int64_t>& need_biases);
+
+  // One step for all parameters, in one pass over their memory.
+  static void update(const std::vector<Parameter>& parameters);
+  // Fills batch.out.
+  static void batch(const Batch& batch);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

@@ -2,7 +2,7 @@
 #include "system.h"
 
 #define TORCHBP_LEVEL baseline
-#define TORCHBP_VECTOR_BYTES 16
+#define TORCHBP_VECTOR 16
 #include "level.h"
 
 const torchbp::Level& torchbp::baseline_level() {

@@ -87,9 +87,9 @@ struct Lanes {
   static constexpr int lanes = kLanes;
   using C = Compute<T>;
   using Int = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
-  static constexpr int width = TORCHBP_VECTOR_BYTES / sizeof(C), parts = kLanes / width;
-  typedef C Part __attribute__((vector_size(TORCHBP_VECTOR_BYTES)));
-  typedef Int IntPart __attribute__((vector_size(TORCHBP_VECTOR_BYTES)));
+  static constexpr int width = TORCHBP_VECTOR / sizeof(C), parts = kLanes / width;
+  typedef C Part __attribute__((vector_size(TORCHBP_VECTOR)));
+  typedef Int IntPart __attribute__((vector_size(TORCHBP_VECTOR)));
 
   // One number of each row, in as many registers as that takes.
   struct Vector {

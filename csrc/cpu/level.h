@@ -9,9 +9,12 @@
 #include "../columns.h"
 #include "../math.h"
 #include "../softmax_ce.h"
+#include "batch.h"
 #include "few_classes.h"
+#include "gemm_level.h"
 #include "levels.h"
 #include "many_classes.h"
+#include "update.h"
 
 namespace torchbp::TORCHBP_LEVEL {
 
@@ -238,8 +241,10 @@ void fill_dtype(Level& level, DtypeIndex dtype) {
   level.softmax_ce_backward[dtype] = softmax_ce_backward<T>;
   level.maxout_forward[dtype] = maxout_forward_rows<T>;
   level.maxout_backward[dtype] = maxout_backward_rows<T>;
+  level.batch[dtype] = batch_rows<T>;
   level.sum[dtype] = sum_of<T, false>;
   level.sum_of_squares[dtype] = sum_of<T, true>;
+  level.update[dtype] = update<T>;
 }
 
 inline Level make_level(const char* name) {
@@ -259,6 +264,8 @@ inline Level make_level(const char* name) {
   fill_dtype<float>(level, kFloat32);
   fill_dtype<BFloat16>(level, kBFloat16);
   fill_dtype<Half>(level, kFloat16);
+  fill_gemm(level.gemm);
+  level.sum_rows = sum_rows;
   return level;
 }
 

@@ -1,7 +1,9 @@
 // What one SIMD level offers: a table of plain functions, filled in by level.h under each level's target.
 #pragma once
 
+#include "../batch.h"
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -11,6 +13,10 @@ using ColumnFunction = void (*)(void* const* outputs, const void* const* inputs,
 // Between a strided array of some dtype (stride in bytes) and a contiguous one of its compute dtype.
 using LoadFunction = void (*)(void* to, const char* from, int64_t stride, int64_t n);
 using StoreFunction = void (*)(char* to, int64_t stride, const void* from, int64_t n);
+
+// One step of an optimizer on n elements: csrc/cpu/update.h.
+using UpdateFunction = void (*)(const Update&, void* parameter, const void* grad, void* state0, void* state1,
+                                int64_t n);
 
 // Where a dtype's functions stand in a Level. ops.h has refused every other dtype before.
 enum DtypeIndex { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
@@ -33,9 +39,24 @@ inline DtypeIndex compute_index(DtypeIndex dtype) { return dtype == kFloat64 ? k
 
 inline int64_t element_size(DtypeIndex dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
+struct Gemm;
+struct Scratch;
+
+// The product of gemm.h. A tile of C has at most `rows` rows; a panel of B is `columns` wide.
+struct GemmKernels {
+  int rows, columns;
+  // Writes panels [begin, end) of the n columns from j on to packed, block by block of K, panel by panel in each.
+  void (*pack)(const Gemm&, int64_t j, int64_t n, int64_t begin, int64_t end, float* packed);
+  // Rows [i, i_end) of these panels. packed: all of them, as above, or null to read B in place.
+  void (*run)(const Gemm&, int64_t j, int64_t n, int64_t i, int64_t i_end, int64_t begin, int64_t end,
+              const float* packed, Scratch& scratch);
+  bool (*in_place)(const Gemm&);  // whether B can be read in place
+};
+
 // The row-wise kernels work on the rows [begin, end) of their description.
 struct Level {
   const char* name;
+  GemmKernels gemm;
   ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
   LoadFunction load[kDtypes];
   StoreFunction store[kDtypes];
@@ -44,9 +65,15 @@ struct Level {
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
+  UpdateFunction update[kDtypes];
+  void (*batch[kDtypes])(const Batch&, int64_t begin, int64_t end, uint8_t* scratch);
   double (*sum[kDtypes])(const void* data, int64_t n);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
+  void (*sum_rows)(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db);
 };
+
+// The level in use.
+const Level& level();
 
 const Level& baseline_level();
 #if defined(__x86_64__)

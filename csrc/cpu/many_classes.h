@@ -35,9 +35,9 @@ struct OneThread {
 template <class T>
 struct Piece {
   using C = Compute<T>;
-  static constexpr int width = TORCHBP_VECTOR_BYTES / sizeof(C);
+  static constexpr int width = TORCHBP_VECTOR / sizeof(C);
   static constexpr int64_t size = 2048, lanes = 4 * width;
-  typedef C Vector __attribute__((vector_size(TORCHBP_VECTOR_BYTES)));
+  typedef C Vector __attribute__((vector_size(TORCHBP_VECTOR)));
   int64_t padded = 0;
   alignas(64) C x[size];
 

@@ -8,11 +8,14 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "gemm.h"
 #include "levels.h"

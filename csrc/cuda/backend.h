@@ -12,6 +12,8 @@
 namespace torchbp {
 
 struct Cuda {
+  static constexpr bool own_products = false;  // PyTorch's: cuBLAS
+
   static void elementwise(Kernel kernel, const Loop& loop);
   static void softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* loss, void* total);
   static void softmax_ce_backward(const SoftmaxCE& ce);

@@ -45,8 +45,10 @@ def test_level(level: str) -> None:
         pytest.skip(f"this machine has no {level}")
     shown = run_python("-c", "import torchbp; print(torchbp.cpu_level())", level=level)
     assert shown.stdout == f"{level}\n", shown.stderr
-    tests = ["tests/test_functional.py", "tests/cpu/test_math.py"]
-    which = "forward_and_backward or special_values or layouts_that_differ or test_math or threads"
+    tests = ["tests/test_functional.py", "tests/cpu/test_math.py", "tests/cpu/test_products.py"]
+    tests += ["tests/data/test_loader.py"]
+    which = "forward_and_backward or special_values or layouts_that_differ or test_math"
+    which += " or threads or test_products or kernel"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which]
     result = run_python("-m", "pytest", *options, *tests, level=level)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -159,11 +159,12 @@ def test_bad_state(data: Any, state: Any, error: type[Exception], message: str) 
 def moved(image: torch.Tensor, mirrored: bool, down: int, right: int) -> torch.Tensor:
     """Pixel by pixel: mirror, move, fill with zeros."""
     out = torch.zeros_like(image)
-    for y in range(H):
-        for x in range(W):
+    _, h, w = image.shape
+    for y in range(h):
+        for x in range(w):
             from_y, from_x = y - down, x - right
-            if 0 <= from_y < H and 0 <= from_x < W:
-                out[:, y, x] = image[:, from_y, W - 1 - from_x if mirrored else from_x]
+            if 0 <= from_y < h and 0 <= from_x < w:
+                out[:, y, x] = image[:, from_y, w - 1 - from_x if mirrored else from_x]
     return out
 
 
@@ -180,6 +181,245 @@ def test_augmentation_is_a_flip_and_a_shift(data: Any, flip: bool, shift: int) -
             assert fits  # it is one of them: one alone unless it has left the image
             seen.append(fits[0])
     assert len(set(seen)) >= min(len(moves), 15)  # and not always the same
+
+
+def augmented_batch(c: int, h: int, w: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Images [N, C, H, W] and what torchbp::image_batch makes of them, at and beyond every border:
+    (images, flip, shift, result [n, C, H, W]); row i is image i % N."""
+    generator = torch.Generator().manual_seed(c * h * w)
+    images = torch.randint(0, 256, (7, c, h, w), dtype=torch.uint8, generator=generator)
+    steps = [
+        sorted({0, 1, -1, 3, -2, size - 1, 1 - size, size, -size, size + 2, -300})
+        for size in (h, w)
+    ]
+    cases = [(f, d, r) for f in (0, 1) for d in steps[0] for r in steps[1]]
+    flip = torch.tensor([f for f, _, _ in cases], dtype=torch.uint8)
+    shift = torch.tensor([move for _, *move in cases], dtype=torch.int32)
+    index = torch.arange(len(cases)) % len(images)
+    x = torch.ops.torchbp.image_batch(images, index, flip, shift, *affine(c), dtype)
+    return images, flip, shift, x
+
+
+def affine(channels: int) -> tuple[list[float], list[float]]:
+    """scale, offset: two numbers for each channel, none like another."""
+    return [1 / (50 + 10 * c) for c in range(channels)], [-2.5 + c for c in range(channels)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),  # A rounding of values and of products of up to 5.1, twice.
+    [
+        (torch.float64, 2**-50),
+        (torch.float32, 2**-21),
+        (torch.bfloat16, 2**-6),
+        (torch.float16, 2**-9),
+    ],
+)
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 6), (1, 1, 1), (2, 5, 33), (1, 3, 70), (3, 32, 32)], ids=str
+)
+def test_kernel(dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int]) -> None:
+    """Flips and shifts up to, at and beyond the borders, in sizes that are no whole vectors."""
+    images, flip, shift, x = augmented_batch(*shape, dtype)
+    assert (x.dtype, x.shape[1:], x.is_contiguous()) == (dtype, shape, True)
+    scale, offset = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in affine(shape[0]))
+    seen = 0
+    for i in range(0, len(x), 1 if shape[1] * shape[2] < 100 else 7):
+        image = images[i % len(images)].double() * scale + offset
+        down, right = shift[i].tolist()
+        want = moved(image, bool(flip[i]), down, right)
+        assert (x[i].double() - want).abs().max() <= tolerance
+        shown = moved(torch.ones_like(image), bool(flip[i]), down, right) == 1
+        assert (x[i][~shown] == 0).all()  # exactly
+        seen += int(shown.any())
+    assert seen >= 2
+
+
+@pytest.mark.parametrize("width", [6, 32])
+def test_layouts_of_the_data_set(width: int) -> None:
+    """Channels last, every other image, a part of a larger image, one image many times: the same
+    numbers as of contiguous images."""
+    images, flip, shift, x = augmented_batch(3, 5, width, torch.float32)
+    wide = torch.zeros(14, 3, 9, 2 * width + 1, dtype=torch.uint8)
+    layouts = [
+        images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        images.transpose(0, 3).contiguous().transpose(0, 3),
+        wide[::2, :, 2:7, 1::2].copy_(images),
+        wide[1::2, :, 2:7, :width].copy_(images),
+    ]
+    index = torch.arange(len(x)) % len(images)
+    op = torch.ops.torchbp.image_batch
+    for layout in layouts:
+        assert not layout.is_contiguous()
+        assert torch.equal(op(layout, index, flip, shift, *affine(3), torch.float32), x)
+    once = op(images[:1].expand(9, 3, 5, width), index % 9, flip, shift, *affine(3), torch.float32)
+    again = op(images[:1], index * 0, flip, shift, *affine(3), torch.float32)
+    assert torch.equal(once, again)
+    # The vectors of the plan may be of any layout too.
+    plan = (
+        torch.stack([index, index], 1)[:, 0],
+        torch.stack([flip, flip], 1)[:, 0],
+        shift.T.contiguous().T,
+    )
+    assert torch.equal(op(images, *plan, *affine(3), torch.float32), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (150, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    many = SimpleNamespace(images=images, targets=torch.arange(150))
+    threads, epochs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            epochs.append(epoch_of(BatchLoader(many, batch_size=128, dtype=dtype, **AUGMENTED)))
+    finally:
+        torch.set_num_threads(threads)
+    for x, target in epochs[1:]:
+        assert torch.equal(x, epochs[0][0])
+        assert torch.equal(target, epochs[0][1])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_other_devices_get_the_same(
+    data: Any, monkeypatch: pytest.MonkeyPatch, flip: bool, shift: int, dtype: torch.dtype
+) -> None:
+    """The path of other devices and dtypes, here on the CPU, differs by a rounding."""
+    loader = BatchLoader(data, batch_size=5, flip=flip, shift=shift, dtype=dtype, flatten=False)
+    x, target = epoch_of(loader)
+    monkeypatch.setattr("torchbp.data.loader.FUSED", ())
+    loader.set_epoch(0)
+    y, same = epoch_of(loader)
+    assert torch.equal(target, same)
+    assert x.dtype == y.dtype
+    spacing = torch.finfo(dtype).eps * 4  # of numbers from 2 to 4
+    assert (x.double() - y.double()).abs().max() <= spacing
+    assert torch.equal(x == 0, y == 0)
+
+
+def test_plan(data: Any) -> None:
+    """What an epoch shows, image by image, whatever the size of its batches."""
+    options: dict[str, Any] = {"flip": True, "shift": 2, "flatten": False, "dtype": torch.float64}
+    loader = BatchLoader(data, batch_size=5, seed=3, **options)
+    plan = loader._plan(1)
+    assert (plan.order.dtype, plan.order.shape) == (torch.int64, (N,))
+    assert plan.flip is not None
+    assert plan.shift is not None
+    assert (plan.flip.dtype, plan.flip.shape) == (torch.uint8, (N,))
+    assert (plan.shift.dtype, plan.shift.shape) == (torch.int32, (N, 2))
+    assert torch.equal(plan.target, data.targets[plan.order])
+    loader.set_epoch(1)
+    x, target = epoch_of(loader)
+    assert torch.equal(target, plan.target)
+    for row, i, mirrored, move in zip(x, plan.order, plan.flip, plan.shift.tolist(), strict=True):
+        want = moved(reference(loader, data.images[i]), bool(mirrored), *move)
+        assert (row - want).abs().max() < 1e-12
+    again = BatchLoader(data, batch_size=23, seed=3, **options)._plan(1)
+    assert all(torch.equal(a, b) for a, b in zip(plan, again, strict=True))  # type: ignore[arg-type]
+    plain = BatchLoader(data, shuffle=False)._plan(0)
+    assert plain.order.tolist() == list(range(N))
+    assert (plain.flip, plain.shift) == (None, None)
+
+
+def test_an_epoch_is_moved_alike_with_and_without_flips(data: Any) -> None:
+    with_flips, without = (BatchLoader(data, flip=f, shift=2)._plan(0) for f in (True, False))
+    assert with_flips.shift is not None
+    assert without.shift is not None
+    assert torch.equal(with_flips.shift, without.shift)
+    assert torch.equal(with_flips.order, without.order)
+
+
+def test_large_shifts() -> None:
+    """Further than a byte counts."""
+    images = torch.randint(0, 256, (40, 1, 200, 300), dtype=torch.uint8)
+    many = SimpleNamespace(images=images, targets=torch.arange(40))
+    loader = BatchLoader(many, batch_size=16, shift=200, flatten=False, dtype=torch.float64)
+    plan = loader._plan(0)
+    assert plan.shift is not None
+    assert plan.shift.abs().max() > 127
+    for x, i, (down, right) in zip(
+        epoch_of(loader)[0], plan.order.tolist(), plan.shift.tolist(), strict=True
+    ):
+        padded = torch.nn.functional.pad(reference(loader, images[i]), (200, 200, 200, 200))
+        want = padded[:, 200 - down : 400 - down, 200 - right : 500 - right]
+        assert (x - want).abs().max() < 1e-12
+
+
+def test_batches_are_the_users_to_keep_and_to_change(data: Any) -> None:
+    loader = BatchLoader(data, batch_size=5, **AUGMENTED)
+    whole, targets = epoch_of(BatchLoader(data, batch_size=N, **AUGMENTED))
+    batches = list(loader)
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole)
+    for x, target in batches[::2]:
+        x.zero_()
+        target.zero_()
+        assert target.untyped_storage().nbytes() == target.nbytes  # no part of a larger one
+    for k, (x, target) in enumerate(batches):
+        if k % 2:
+            assert torch.equal(x, whole[5 * k : 5 * k + 5])
+            assert torch.equal(target, targets[5 * k : 5 * k + 5])
+
+
+def test_iterators_are_independent(data: Any) -> None:
+    """Two at once, and one that is left in the middle of its epoch."""
+    epochs = [BatchLoader(data, batch_size=5, **AUGMENTED) for _ in range(3)]
+    for e, loader in enumerate(epochs):
+        loader.set_epoch(e)
+    want = [list(loader) for loader in epochs]
+    loader = BatchLoader(data, batch_size=5, **AUGMENTED)
+    left = iter(loader)
+    next(left)
+    pairs = list(zip(loader, loader, strict=True))
+    for k, (first, second) in enumerate(pairs):
+        assert torch.equal(first[0], want[1][k][0])
+        assert torch.equal(second[0], want[2][k][0])
+    assert torch.equal(next(left)[0], want[0][1][0])
+    left.close()  # type: ignore[attr-defined]
+    assert loader.epoch == 3
+
+
+def test_nothing_to_read() -> None:
+    op = torch.ops.torchbp.image_batch
+    images, none = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+    assert op(images, none, None, None, *affine(3), torch.float32).shape == (0, 3, 4, 5)
+    assert op(images[:0], none, None, None, *affine(3), torch.float32).shape == (0, 3, 4, 5)
+    empty = op(images[..., :0], torch.tensor([1]), None, None, *affine(3), torch.bfloat16)
+    assert (empty.shape, empty.dtype) == ((1, 3, 4, 0), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 4, 5)}, "images wants ScalarType 0, got 6"),
+        ({"images": torch.zeros(2, 4, 5).byte()}, r"images wants shape \(N, C, H, W\)"),
+        ({"index": torch.tensor([0, 2])}, r"index\[1\] is 2, out of range for 2 images"),
+        ({"index": torch.tensor([-1, 0])}, r"index\[0\] is -1, out of range for 2 images"),
+        ({"index": torch.zeros(2, 1).long()}, r"index wants shape \(n\), got \(2, 1\)"),
+        ({"index": torch.zeros(2).int()}, "index wants ScalarType 4, got 3"),
+        ({"flip": torch.zeros(3).byte()}, r"flip wants shape \(2\), got \(3\)"),
+        ({"flip": torch.zeros(2)}, "flip wants ScalarType 0, got 6"),
+        ({"shift": torch.zeros(2).int()}, r"shift wants shape \(2, 2\), got \(2\)"),
+        ({"shift": torch.zeros(2, 2).long()}, "shift wants ScalarType 3, got 4"),
+        ({"scale": [1.0]}, "scale and offset want 3 numbers each, got 1 and 3"),
+        ({"dtype": torch.int32}, "dtype wants float64, float32, bfloat16 or float16"),
+    ],
+)
+def test_bad_arguments_of_the_kernel(change: dict[str, Any], message: str) -> None:
+    scale, offset = affine(3)
+    arguments: dict[str, Any] = {
+        "images": torch.zeros(2, 3, 4, 5, dtype=torch.uint8),
+        "index": torch.tensor([0, 1]),
+        "flip": torch.zeros(2, dtype=torch.uint8),
+        "shift": torch.zeros(2, 2, dtype=torch.int32),
+        "scale": scale,
+        "offset": offset,
+        "dtype": torch.float32,
+    }
+    torch.ops.torchbp.image_batch(**arguments)
+    with pytest.raises(RuntimeError, match=f"torchbp::image_batch: {message}"):
+        torch.ops.torchbp.image_batch(**{**arguments, **change})
 
 
 def test_augmentation_is_even(data: Any) -> None:

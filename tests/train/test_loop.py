@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchbp import compile_step
 from torchbp.train import Metrics, confusion_matrix, evaluate, fit, train_epoch, warmup_cosine
 
 N, D, C = 20, 5, 3
@@ -58,6 +59,23 @@ def test_train_epoch_is_the_lectures_gradient_descent() -> None:
     metrics = train_epoch(model, nn.CrossEntropyLoss(), optimizer, scheduler, batches)
     torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-12, atol=1e-12)
     assert metrics == pytest.approx((loss / N, 100 * correct / N), rel=1e-12)
+
+
+def test_train_epoch_with_a_compiled_step() -> None:
+    """Two epochs, whose very first step runs through autograd."""
+    results = []
+    for compiled in (False, True):
+        model, batches = linear(torch.float32), Batches(torch.float32)
+        optimizer, scheduler = sgd(model, 0.1, momentum=0.9)
+        step = compile_step(model, optimizer) if compiled else None
+        for _ in range(2):
+            metrics = train_epoch(
+                model, nn.CrossEntropyLoss(), optimizer, scheduler, batches, step=step
+            )
+        results.append((metrics, model.weight.detach()))
+    (ours, weight), (theirs, wanted) = results[1], results[0]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(weight, wanted)
 
 
 def test_scheduler_steps_after_each_batch() -> None:

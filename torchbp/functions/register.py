@@ -67,8 +67,13 @@ def _fake_mlp(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str, parameter: float
 ) -> list[Tensor]:
     result = [x.new_empty(*x.shape[:-1], weights[-1].shape[0])]
+    # The CPU's own products keep hidden layers feature-major.
+    feature_major = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2
     for weight in weights[:-1]:
-        h = x.new_empty(*x.shape[:-1], weight.shape[0])
+        if feature_major:
+            h = x.new_empty(weight.shape[0], x.shape[0]).t()
+        else:
+            h = x.new_empty(*x.shape[:-1], weight.shape[0])
         result += [h, torch.empty_like(h)] if ACTIVATIONS[activation].saves_x else [h]
     return result
 
@@ -122,6 +127,13 @@ def _fake_max_pieces(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake_max_pieces_backward(dy: Tensor, index: Tensor, pieces: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], pieces, dy.shape[-1])
+
+
+def _fake_image_batch(
+    images: Tensor, index: Tensor, flip: Tensor | None, shift: Tensor | None, scale: list[float],
+    offset: list[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return images.new_empty(index.shape[0], *images.shape[1:], dtype=dtype)
 
 
 # ---- vmap rules
@@ -291,6 +303,15 @@ def _refuse(name: str) -> Callable[..., Any]:
     return run
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if len({tensor.device for tensor in _tensors(args)}) > 1:
+            raise RuntimeError(f"torchbp::{name}: the tensors are on different devices")
+        return fake(*args)
+
+    return run
+
+
 def _register(
     name: str,
     fake: Callable[..., Any],
@@ -299,17 +320,12 @@ def _register(
 ) -> None:
     kernel = below(getattr(_ops, name).default)
 
-    def one_device(*args: Any) -> Any:
-        if len({tensor.device for tensor in _tensors(args)}) > 1:
-            raise RuntimeError(f"torchbp::{name}: the tensors are on different devices")
-        return fake(*args)
-
     recorded = differentiable or _refuse(name)
 
     def autograd(*args: Any) -> Any:
         return recorded(*args) if _recorded(args) else kernel(*args)
 
-    torch.library.register_fake(f"torchbp::{name}", one_device, lib=_library)
+    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
 
@@ -394,3 +410,18 @@ _register(
     _batch_loop(_ops.l2_penalty),
     lambda tensors: L2Penalty.apply(*tensors),
 )
+
+# ---- what changes its arguments: the updates of torchbp.optim
+
+
+def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None) -> None:
+    """No gradient goes through an update: autograd passes it on as if under torch.no_grad()."""
+    torch.library.register_fake(f"torchbp::{name}", _on_one_device(name, fake), lib=_library)
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+_register_in_place("sgd_")
+_register_in_place("adamw_")
+# Made from bytes, which have no gradient.
+torch.library.register_fake("torchbp::image_batch", _fake_image_batch, lib=_library)
+torch.library.register_vmap("torchbp::image_batch", _batch_loop(_ops.image_batch), lib=_library)

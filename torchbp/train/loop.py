@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..optim import CompiledStep
+
 Batches = Iterable[tuple[Tensor, Tensor]]  # of (x [B, ...], target [B]); iterated once an epoch
 
 
@@ -48,6 +50,7 @@ def train_epoch(
     batches: Batches,
     amp: bool = False,
     on_batch: Callable[[int, Metrics], None] | None = None,
+    step: CompiledStep | None = None,
 ) -> Metrics:
     """Train on every batch once; the scheduler steps after each.
 
@@ -59,12 +62,14 @@ def train_epoch(
         batches: of (x, target), on the model's device.
         amp: forward in bfloat16 autocast.
         on_batch: called after each update with the images and the metrics so far.
+        step: what `torchbp.compile_step` made of model and optimizer, to do the same faster.
 
     Returns:
         The metrics of the batches, each as it was before its own update.
 
     Raises:
-        FloatingPointError: the loss is infinite or NaN; the model is as it was before that batch.
+        FloatingPointError: the loss is infinite or NaN; the model is as it was before that batch
+            (with `step`: after it).
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -77,14 +82,18 @@ def train_epoch(
     model.train()
     meter = _Meter()
     for x, target in batches:
-        with _autocast(x, amp):
-            logits = model(x)  # forward
-            loss = criterion(logits, target)  # loss
-        meter.add(loss, logits, target)
+        if step is not None:
+            loss = step(x, target)
+            meter.add(loss, step.logits(), target)
+        else:
+            with _autocast(x, amp):
+                logits = model(x)  # forward
+                loss = criterion(logits, target)  # loss
+            meter.add(loss, logits, target)
 
-        optimizer.zero_grad()
-        loss.backward()  # backward
-        optimizer.step()  # update
+            optimizer.zero_grad()
+            loss.backward()  # backward
+            optimizer.step()  # update
         scheduler.step()
 
         if on_batch:
@@ -146,12 +155,13 @@ def fit(
     amp: bool = False,
     log: Listener | None = None,
     on_epoch: Callable[[], None] | None = None,
+    step: CompiledStep | None = None,
 ) -> None:
     """Train and evaluate until `history` holds `epochs` rows, adding one after each epoch.
 
     The first epoch trained is number `len(history)`, so that a run goes on from a checkpoint.
     `on_epoch` is called after each row, the place to write one. `KeyboardInterrupt` passes through
-    and leaves the model and the finished rows as they are.
+    and leaves the model and the finished rows as they are. `step` is as for `train_epoch`.
 
     Raises:
         FloatingPointError: a loss is infinite or NaN.
@@ -167,7 +177,9 @@ def fit(
 
         lr = scheduler.get_last_lr()[0]
         start = time.perf_counter()
-        train = train_epoch(model, criterion, optimizer, scheduler, train_batches, amp, on_batch)
+        train = train_epoch(
+            model, criterion, optimizer, scheduler, train_batches, amp, on_batch, step
+        )
         seconds = time.perf_counter() - start
         test = evaluate(model, criterion, test_batches, amp)
         row = {

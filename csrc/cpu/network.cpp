@@ -1,0 +1,106 @@
+// The chain of products of network.h.
+#include "network.h"
+
+#include <algorithm>
+
+#include "gemm.h"
+
+namespace torchbp {
+namespace {
+
+// C [m, n] = A [m, k] B [k, n], to be completed with what follows it.
+Gemm product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c) {
+  Gemm g;
+  g.m = m, g.n = n, g.k = k;
+  g.a = a.data, g.a_i = a.row, g.a_k = a.column;
+  g.b = b.data, g.b_k = b.row, g.b_j = b.column;
+  g.c = c.data, g.c_i = c.row, g.c_j = c.column;
+  return g;
+}
+
+Matrix weight_of(const Layer& layer) { return {const_cast<float*>(layer.weight), layer.in, 1}; }
+
+// Feature-major memory as [n, features].
+Matrix by_example(float* data, int64_t n) { return {data, 1, n}; }
+
+}  // namespace
+
+void forward(const Network& net, Matrix x, Matrix y) {
+  Matrix h = x;
+  for (size_t l = 0; l < net.layers.size(); ++l) {
+    const Layer& layer = net.layers[l];
+    const bool last = l + 1 == net.layers.size();
+    const Matrix to = last ? y : by_example(layer.h, net.n);
+    Gemm g = product(layer.out, net.n, layer.in, weight_of(layer), h.transposed(), to.transposed());
+    g.bias = layer.bias;
+    g.bias_of_row = true;
+    if (!last) {
+      g.activation = net.activation;
+      g.parameter = net.parameter;
+      g.z = net.saves_x ? layer.z : nullptr;
+    }
+    gemm(g);
+    h = to;
+  }
+}
+
+int64_t scratch_size(const Network& net) {
+  int64_t widest = 0;
+  for (const Layer& layer : net.layers) widest = std::max(widest, layer.out);
+  return 2 * widest * net.n;
+}
+
+void sum_rows(Matrix dz, int64_t n, int64_t out, float* db) {
+  level().sum_rows(dz.data, dz.row, dz.column, n, out, db);
+}
+
+void backward(const Network& net, Matrix x, Matrix dy, const std::vector<Gradients>& gradients, Matrix dx,
+              float* scratch) {
+  float* const other = scratch + scratch_size(net) / 2;
+  // The first layer whose gradients anybody wants.
+  size_t first = 0;
+  while (first < net.layers.size() && !gradients[first].weight && !gradients[first].bias) ++first;
+  if (dx.data) first = 0;
+  Matrix dz = dy;
+  for (size_t l = net.layers.size(); l-- > first;) {
+    const Layer& layer = net.layers[l];
+    const Gradients& wanted = gradients[l];
+    // dL/dh, through f to dL/dz of the layer below, before an update changes the weight.
+    Matrix below;
+    if (l > first || dx.data) {
+      Gemm g;
+      if (l > 0) {
+        below = by_example(dz.data == scratch ? other : scratch, net.n);
+        g = product(layer.in, net.n, layer.out, weight_of(layer).transposed(), dz.transposed(), below.transposed());
+        g.gradient = net.gradient;
+        g.parameter = net.parameter;
+        g.saved = net.saves_x ? net.layers[l - 1].z : net.layers[l - 1].h;
+      } else {
+        g = product(net.n, layer.in, layer.out, dz, weight_of(layer), dx);
+      }
+      gemm(g);
+    }
+    if (wanted.weight) {
+      const Matrix h = l > 0 ? by_example(net.layers[l - 1].h, net.n) : x;
+      Gemm g = product(layer.out, layer.in, net.n, dz.transposed(), h, {wanted.weight, layer.in, 1});
+      g.update = wanted.update_weight;
+      g.state0 = wanted.state_weight[0];
+      g.state1 = wanted.state_weight[1];
+      gemm(g);
+    }
+    if (wanted.bias) {
+      if (wanted.update_bias) {
+        thread_local Scratch sums;
+        float* const db = sums.at_least(static_cast<size_t>(layer.out));
+        sum_rows(dz, net.n, layer.out, db);
+        level().update[kFloat32](*wanted.update_bias, wanted.bias, db, wanted.state_bias[0], wanted.state_bias[1],
+                                 layer.out);
+      } else {
+        sum_rows(dz, net.n, layer.out, wanted.bias);
+      }
+    }
+    dz = below;
+  }
+}
+
+}  // namespace torchbp

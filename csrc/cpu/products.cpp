@@ -1,0 +1,195 @@
+// linear, mlp and their gradients on this backend's own products (gemm.h, network.h): float32.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "../check.h"
+#include "backend.h"
+#include "gemm.h"
+#include "network.h"
+
+namespace torchbp {
+namespace {
+
+// Below this many multiplications the library's GEMM is mostly overhead.
+constexpr int64_t kTiny = 1 << 20;
+// From this many examples on packing the weight is repaid.
+constexpr int64_t kEnough = 64;
+
+float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+Matrix matrix_of(const Tensor& t) { return {data_of(t), t.stride(0), t.stride(1)}; }
+
+// As a product reads it: with one stride of 1.
+Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.stride(0) == 1 ? t : dense(t); }
+
+Tensor empty_strided(std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, const Tensor& like) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, const Tensor& like) {
+  return empty_strided({rows, columns}, {columns, 1}, like);
+}
+
+ColumnFunction column(Kernel kernel) {
+  return kernel == Kernel::count ? nullptr : level().column[static_cast<int>(kernel)][kFloat32];
+}
+
+Network network_of(const Tensor& x, const std::vector<Tensor>& weights, const Activation& f, double parameter) {
+  Network net;
+  net.n = x.size(0);
+  net.activation = column(f.forward);
+  net.gradient = column(f.backward);
+  net.saves_x = f.saves_x;
+  net.parameter = parameter;
+  net.layers.resize(weights.size());
+  for (size_t l = 0; l < weights.size(); ++l) {
+    net.layers[l].in = weights[l].size(1);
+    net.layers[l].out = weights[l].size(0);
+    net.layers[l].weight = static_cast<const float*>(weights[l].const_data_ptr());
+  }
+  return net;
+}
+
+std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors) result.push_back(dense(t));
+  return result;
+}
+
+bool is_float_on_cpu(const Tensor& t) { return t.scalar_type() == ScalarType::Float && t.is_cpu(); }
+
+}  // namespace
+
+bool Cpu::fits(const Tensor& x, const Tensor& weight) {
+  if (!is_float_on_cpu(x)) return false;
+  const int64_t n = x.size(0);
+  return n >= kEnough || (n >= 8 && n * weight.size(0) * weight.size(1) <= kTiny);
+}
+
+std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+                                       const Activation& f, double parameter) {
+  const Tensor x = readable(x_), weight = readable(weight_);
+  const std::optional<Tensor> bias = bias_ ? std::optional<Tensor>(dense(*bias_)) : bias_;
+  const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
+  const Tensor y = empty_matrix(n, out, x), z = f.saves_x ? empty_matrix(n, out, x) : nothing(x);
+  Gemm g;
+  g.m = n, g.n = out, g.k = in;
+  const Matrix a = matrix_of(x), b = matrix_of(weight).transposed();
+  g.a = a.data, g.a_i = a.row, g.a_k = a.column;
+  g.b = b.data, g.b_k = b.row, g.b_j = b.column;
+  g.c = data_of(y), g.c_i = out, g.c_j = 1;
+  g.bias = bias ? data_of(*bias) : nullptr;
+  g.activation = column(f.forward);
+  g.parameter = parameter;
+  g.z = f.saves_x ? data_of(z) : nullptr;
+  gemm(g);
+  return {y, z};
+}
+
+std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, const Tensor& weight_, bool need_x,
+                                           bool need_weight, bool need_bias) {
+  const Tensor dz = readable(dz_), x = readable(x_), weight = readable(weight_);
+  const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
+  const Matrix d = matrix_of(dz), rows = matrix_of(x), w = matrix_of(weight);
+  const auto product = [&](int64_t m, int64_t columns, int64_t k, Matrix a, Matrix b) {
+    const Tensor c = empty_matrix(m, columns, x);
+    Gemm g;
+    g.m = m, g.n = columns, g.k = k;
+    g.a = a.data, g.a_i = a.row, g.a_k = a.column;
+    g.b = b.data, g.b_k = b.row, g.b_j = b.column;
+    g.c = data_of(c), g.c_i = columns, g.c_j = 1;
+    gemm(g);
+    return c;
+  };
+  std::array<Tensor, 3> result{need_x ? product(n, in, out, d, w) : nothing(x),
+                               need_weight ? product(out, in, n, d.transposed(), rows) : nothing(x), nothing(x)};
+  if (need_bias) {
+    result[2] = empty({out}, ScalarType::Float, x);
+    sum_rows(d, n, out, data_of(result[2]));
+  }
+  return result;
+}
+
+bool Cpu::fits_network(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  if (x.dim() != 2 || !is_float_on_cpu(x)) return false;
+  int64_t features = x.size(1);
+  for (const Tensor& w : weights) {
+    if (w.dim() != 2 || !is_float_on_cpu(w) || w.size(1) != features) return false;
+    features = w.size(0);
+  }
+  for (size_t i = 0; i < biases.size(); ++i)
+    if (biases[i].dim() != 1 || !is_float_on_cpu(biases[i]) || biases[i].size(0) != weights[i].size(0)) return false;
+  return true;
+}
+
+// The layout in which mlp returns what it saves: feature-major.
+bool Cpu::fits_saved(const std::vector<Tensor>& saved, int64_t n) {
+  for (const Tensor& t : saved)
+    if (t.dim() != 2 || !is_float_on_cpu(t) || t.size(0) != n || t.stride(0) != 1 || t.stride(1) != n) return false;
+  return true;
+}
+
+std::vector<Tensor> Cpu::mlp(const Tensor& x_, const std::vector<Tensor>& weights_, const std::vector<Tensor>& biases_,
+                             const Activation& f, double parameter) {
+  const Tensor x = readable(x_);
+  const std::vector<Tensor> weights = all_dense(weights_), biases = all_dense(biases_);
+  Network net = network_of(x, weights, f, parameter);
+  std::vector<Tensor> result;
+  result.reserve(2 * weights.size());
+  result.push_back(empty_matrix(net.n, weights.back().size(0), x));
+  for (size_t l = 0; l < weights.size(); ++l) {
+    Layer& layer = net.layers[l];
+    if (!biases.empty()) layer.bias = static_cast<const float*>(biases[l].const_data_ptr());
+    if (l + 1 == weights.size()) break;
+    for (float** const kept : {f.saves_x ? &layer.z : nullptr, &layer.h}) {
+      if (!kept) continue;
+      result.push_back(empty_strided({net.n, layer.out}, {1, net.n}, x));
+      *kept = data_of(result.back());
+    }
+  }
+  forward(net, matrix_of(x), matrix_of(result[0]));
+  return result;
+}
+
+std::vector<Tensor> Cpu::mlp_backward(const Tensor& dy_, const Tensor& x_, const std::vector<Tensor>& weights_,
+                                      const std::vector<Tensor>& saved, const Activation& f, double parameter,
+                                      bool need_x, const std::vector<int64_t>& need_weights,
+                                      const std::vector<int64_t>& need_biases) {
+  check_shape("mlp_backward", "dy", dy_, std::vector<int64_t>{x_.size(0), weights_.back().size(0)});
+  const Tensor x = readable(x_), dy = readable(dy_);
+  const std::vector<Tensor> weights = all_dense(weights_);
+  const size_t layers = weights.size(), per_layer = f.saves_x ? 2 : 1;
+  Network net = network_of(x, weights, f, parameter);
+  std::vector<Gradients> gradients(layers);
+  std::vector<Tensor> result(1 + layers + need_biases.size());
+  const Tensor none = nothing(x);
+  std::fill(result.begin(), result.end(), none);
+  if (need_x) result[0] = empty_matrix(net.n, x.size(1), x);
+  for (size_t l = 0; l < layers; ++l) {
+    Layer& layer = net.layers[l];
+    if (l + 1 < layers) {
+      if (f.saves_x) layer.z = data_of(saved[l * per_layer]);
+      layer.h = data_of(saved[l * per_layer + per_layer - 1]);
+      check_shape("mlp_backward", "saved", saved[l * per_layer], std::vector<int64_t>{net.n, layer.out});
+    }
+    if (need_weights[l]) {
+      result[1 + l] = empty_matrix(layer.out, layer.in, x);
+      gradients[l].weight = data_of(result[1 + l]);
+    }
+    if (!need_biases.empty() && need_biases[l]) {
+      result[1 + layers + l] = empty({layer.out}, ScalarType::Float, x);
+      gradients[l].bias = data_of(result[1 + layers + l]);
+    }
+  }
+  // Large memory is given back, small memory kept for the next call.
+  thread_local Scratch kept;
+  Scratch own;
+  Scratch& scratch = scratch_size(net) > kTiny ? own : kept;
+  backward(net, matrix_of(x), matrix_of(dy), gradients, need_x ? matrix_of(result[0]) : Matrix{},
+           scratch.at_least(static_cast<size_t>(scratch_size(net))));
+  return result;
+}
+
+}  // namespace torchbp

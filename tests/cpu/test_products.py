@@ -1,0 +1,142 @@
+"""csrc/cpu/gemm.h and network.h: linear and mlp in float32, at every awkward size."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchbp.functional as F
+from tests.compare import assert_close_in_norm
+
+# (n, in, out): one tile, many, blocks of K, panels cut off, one example, nothing at all.
+SIZES = [
+    (32, 64, 64), (8, 3, 5), (70, 300, 33), (129, 513, 31), (64, 1, 1), (65, 1030, 17),
+    (200, 40, 100), (7, 5, 3), (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
+]  # fmt: skip
+LAYOUTS = ["plain", "transposed", "strided"]
+
+
+def laid_out(layout: str, *shape: int) -> Tensor:
+    if layout == "transposed":
+        return torch.randn(shape[1], shape[0]).T
+    return (
+        torch.randn(shape[0], 2 * shape[1])[:, ::2] if layout == "strided" else torch.randn(shape)
+    )
+
+
+def gradients(run: Any, *leaves: Tensor) -> list[Tensor]:
+    """Output and gradients, for an upstream gradient that the seed determines."""
+    y = run(*leaves)
+    torch.manual_seed(1)
+    upstream = torch.randn(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def check(ours: Any, theirs: Any, *leaves: Tensor) -> None:
+    """Both in float32 against theirs in float64."""
+    of_ours = gradients(ours, *(leaf.detach().requires_grad_() for leaf in leaves))
+    of_theirs = gradients(theirs, *(leaf.detach().requires_grad_() for leaf in leaves))
+    exact = gradients(theirs, *(leaf.detach().double().requires_grad_() for leaf in leaves))
+    for mine, wanted, peer in zip(of_ours, exact, of_theirs, strict=True):
+        # One sum over k in one order has a larger error than a sum in parts; 4 covers k = 1030.
+        assert_close_in_norm(mine, wanted, peer, factor=4.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+def test_linear(size: tuple[int, int, int], layout: str, activation: str | None) -> None:
+    n, features_in, features_out = size
+    f: Any = {None: lambda z: z, "relu": torch.relu, "elu": torch.nn.functional.elu}[activation]
+    check(
+        lambda x, w, b: F.linear(x, w, b, activation),
+        lambda x, w, b: f(torch.nn.functional.linear(x, w, b)),
+        laid_out(layout, n, features_in),
+        laid_out(layout, features_out, features_in),
+        torch.randn(features_out),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
+@pytest.mark.parametrize("n", [0, 1, 15, 32, 130])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp(n: int, activation: str, layout: str, bias: bool) -> None:
+    sizes = [37, 300, 16, 5]
+    weights = [laid_out(layout, o, i) / i**0.5 for i, o in pairwise(sizes)]
+    biases = [torch.randn(o) for o in sizes[1:]] if bias else []
+    f: Any = {"tanh": torch.tanh, "leaky_relu": torch.nn.functional.leaky_relu}[activation]
+
+    def theirs(x: Tensor, *parameters: Tensor) -> Tensor:
+        for i in range(len(weights)):
+            b = parameters[len(weights) + i] if bias else None
+            x = torch.nn.functional.linear(x if i == 0 else f(x), parameters[i], b)
+        return x
+
+    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
+        return F.mlp(x, parameters[: len(weights)], parameters[len(weights) :], activation)
+
+    check(ours, theirs, laid_out(layout, n, sizes[0]), *weights, *biases)
+
+
+@pytest.mark.parametrize("needs", [(0,), (1,), (2, 5), (3,), (6,), ()])
+def test_mlp_gradients_that_are_wanted(needs: tuple[int, ...]) -> None:
+    """Those that are not wanted are not computed, and the others do not change."""
+    leaves = [torch.randn(9, 6), torch.randn(7, 6), torch.randn(8, 7), torch.randn(4, 8)]
+    leaves += [torch.randn(7), torch.randn(8), torch.randn(4)]
+
+    def run(wanted: tuple[int, ...]) -> list[Tensor | None]:
+        inputs = [leaf.clone().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
+        y = F.mlp(inputs[0], inputs[1:4], inputs[4:])
+        if wanted:
+            y.square().sum().backward()
+        return [leaf.grad for leaf in inputs]
+
+    every = run(tuple(range(7)))
+    for i, grad in enumerate(run(needs)):
+        assert (grad is None) == (i not in needs)
+        if grad is not None:
+            assert torch.equal(grad, every[i])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(131, 700, 150), (300, 64, 333)], ids=str)
+def test_the_number_of_threads_changes_nothing(size: tuple[int, int, int]) -> None:
+    n, features_in, features_out = size
+    x, w = torch.randn(n, features_in), torch.randn(features_out, features_in)
+    b, last = torch.randn(features_out), torch.randn(10, features_out)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(
+                gradients(lambda x, w, b: F.linear(x, w, b, "relu"), *_leaves(x, w, b))
+                + gradients(
+                    lambda x, w, last, b: F.mlp(x, [w, last], [b, b[:10]]), *_leaves(x, w, last, b)
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def test_nan_and_infinity_reach_what_they_touch_and_nothing_else() -> None:
+    x, w = torch.randn(70, 20), torch.randn(50, 20)
+    x[3, 4], w[7, 1] = torch.nan, torch.inf
+    y = F.linear(x, w)
+    wanted = torch.nn.functional.linear(x.double(), w.double())
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.isinf(), wanted.isinf())
+
+
+def test_a_batch_of_an_expanded_row() -> None:
+    row, w = torch.randn(1, 30), torch.randn(12, 30)
+    assert torch.equal(F.linear(row.expand(70, 30), w), F.linear(row.repeat(70, 1), w))

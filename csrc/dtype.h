@@ -58,4 +58,16 @@ TORCHBP_INLINE void store(Half* p, float x) {
 template <class T>
 using Compute = decltype(load(T()));
 
+// Many at once. The two may be the same memory, but not overlap otherwise.
+template <class T>
+TORCHBP_INLINE void load_n(Compute<T>* to, const T* from, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+template <class T>
+TORCHBP_INLINE void store_n(T* to, const Compute<T>* from, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+}
+
 }  // namespace torchbp::TORCHBP_LEVEL

@@ -76,17 +76,21 @@ struct SoftmaxCE {
   const void* weight = nullptr;         // [classes], or null for all ones
   double label_smoothing = 0;
   int64_t ignore_index = -100;
-  void* lse = nullptr;  // [n] compute dtype: log-sum-exp of each row; written forward, read backward
+  void* lse = nullptr;  // [n] compute dtype: log-sum-exp of each row; written forward (if not null), read backward
 
-  // Forward: what each row loses and counts, both in the compute dtype and 0 on ignored rows.
+  // Forward: what each row loses, 0 on ignored rows, in the dtype of the input; only for reduction "none".
+  void* loss = nullptr;
+
+  // Scratch of a backend whose forward takes two passes: what each row loses and counts, both in the compute dtype and 0
+  // on ignored rows, and a row whose class index is out of range, if there is one.
   void* row_loss = nullptr;
   void* row_weight = nullptr;
-  int64_t* bad_row = nullptr;  // set to a row whose class index is out of range, if there is one
+  int64_t* bad_row = nullptr;
 
-  // Backward: row i receives grad[i * grad_stride] / (total ? *total : 1).
-  const void* grad = nullptr;
+  // Backward, and forward if it is to write the gradient too: row i receives grad[i * grad_stride] / *total.
+  const void* grad = nullptr;  // null: 1
   int64_t grad_stride = 0;  // elements: 1 for reduction "none", else 0
-  const void* total = nullptr;
+  const void* total = nullptr;         // one number of the compute dtype
   void* grad_input = nullptr;          // [n, classes] or null
   void* grad_probabilities = nullptr;  // [n, classes] or null
 };

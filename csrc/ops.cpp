@@ -43,6 +43,9 @@ void define_operations(StableLibrary& m) {
       "softmax_ce(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "softmax_ce_with_gradient(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
+      "float label_smoothing) -> (Tensor, Tensor)");
+  m.def(
       "softmax_ce_backward(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor total, "
       "int ignore_index, int reduction, float label_smoothing, bool need_input, bool need_target) "
       "-> (Tensor, Tensor)");
@@ -60,8 +63,14 @@ void define_operations(StableLibrary& m) {
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY(torchbp, m) { torchbp::define_operations(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) { torchbp::register_operations<torchbp::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
+  torchbp::register_operations<torchbp::Cpu>(m);
+  m.impl("softmax_ce_with_gradient", TORCH_BOX(&torchbp::softmax_ce_with_gradient<torchbp::Cpu>));
+}
 
 // The same without autograd, which the Functions call where nothing records or transforms them.
 STABLE_TORCH_LIBRARY(torchbp_kernels, m) { torchbp::define_operations(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) { torchbp::register_operations<torchbp::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) {
+  torchbp::register_operations<torchbp::Cpu>(m);
+  m.impl("softmax_ce_with_gradient", TORCH_BOX(&torchbp::softmax_ce_with_gradient<torchbp::Cpu>));
+}

@@ -435,14 +435,30 @@ std::tuple<Tensor, Tensor, Tensor> softmax_ce(const Tensor& input_, const Tensor
   SoftmaxCE ce = describe_softmax_ce("softmax_ce", input, target, weight, ignore_index, label_smoothing);
   const ScalarType compute = compute_dtype(ce.dtype);
   const Tensor lse = empty({ce.n}, compute, input), total = empty({}, compute, input);
-  const Tensor row_loss = empty({ce.n}, compute, input), row_weight = empty({ce.n}, compute, input);
   const Tensor loss =
       empty(reduction == Reduction::none ? std::vector<int64_t>{ce.n} : std::vector<int64_t>{}, ce.dtype, input);
   ce.lse = lse.mutable_data_ptr();
-  ce.row_loss = row_loss.mutable_data_ptr();
-  ce.row_weight = row_weight.mutable_data_ptr();
   Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), total.mutable_data_ptr());
   return {loss, lse, total};
+}
+
+// Returns (loss, dinput), the gradient for an upstream gradient of 1 written while the row is in cache: for a loss that
+// is one number. On the CPU alone.
+template <class Backend>
+std::tuple<Tensor, Tensor> softmax_ce_with_gradient(const Tensor& input_, const Tensor& target_,
+                                                    std::optional<Tensor> weight_, int64_t ignore_index,
+                                                    int64_t reduction_, double label_smoothing) {
+  const char* op = "softmax_ce_with_gradient";
+  const Tensor input = dense(input_), target = dense(target_);
+  const auto weight = dense_if_any(weight_);
+  const Reduction reduction = reduction_of(reduction_);
+  STD_TORCH_CHECK(reduction != Reduction::none, "torchbp::", op, ": reduction wants 1 (mean) or 2 (sum), got 0");
+  SoftmaxCE ce = describe_softmax_ce(op, input, target, weight, ignore_index, label_smoothing);
+  const Tensor loss = empty({}, ce.dtype, input), dinput = empty({ce.n, ce.classes}, ce.dtype, input);
+  double total;  // room for either compute dtype
+  ce.grad_input = dinput.mutable_data_ptr();
+  Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), &total);
+  return {loss, dinput};
 }
 
 // Returns (dinput, dtarget), empty where not asked for; dtarget only for class probabilities.

@@ -14,15 +14,8 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-// A Group is the threads of one row. Each thread works on the columns rank, rank + size, ...; sum(v) adds what they
-// found, and every one of them receives the result.
-struct OneThread {
-  static constexpr int rank = 0, size = 1;
-  template <class C>
-  TORCHBP_INLINE C sum(C v) const {
-    return v;
-  }
-};
+// A Group is the threads of one row. Each thread works on the columns rank, rank + size, ...; sum_of(n, term) adds
+// term(0), ..., term(n - 1) between them, and every one of them receives the result.
 
 template <class T>
 struct Row {
@@ -59,9 +52,8 @@ struct Row {
     loss = 0;
     count = a.classes > 0 ? 1 : 0;  // a mean over no classes is 0 / 0, as in PyTorch
     if (has_soft()) {
-      double sum = 0;  // float32 would lose digits over many classes
-      for (int64_t c = group.rank; c < a.classes; c += group.size) sum += w(c) * soft(c) * (lse - load(x[c]));
-      loss = static_cast<C>(group.sum(sum));
+      loss = static_cast<C>(
+          group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * (lse - load(x[c])); }));
     }
     if (!a.soft) {
       count = w(target);
@@ -69,32 +61,43 @@ struct Row {
     }
   }
 
-  // Writes the row of the gradients that were asked for. All threads of the group call this.
+  // dloss, divided by what a mean was divided by.
+  TORCHBP_INLINE C upstream() const {
+    const C dloss = a.grad ? load(static_cast<const T*>(a.grad)[i * a.grad_stride]) : C(1);
+    return dloss / *static_cast<const C*>(a.total);
+  }
+  // w q where the target is, without what smoothing puts there.
+  TORCHBP_INLINE C onehot() const { return a.soft ? C(0) : keep * w(target); }
+  // The sum of w q. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void backward(const Group& group, C total) const {
-    const C lse = static_cast<const C*>(a.lse)[i];
-    const C g = load(static_cast<const T*>(a.grad)[i * a.grad_stride]) / total;
-    if (a.grad_input) {
-      T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
-      if (ignored() || !in_range()) {
-        for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
-      } else if (has_soft()) {
-        const C onehot = a.soft ? C(0) : keep * w(target);
-        double sum = 0;
-        for (int64_t c = group.rank; c < a.classes; c += group.size) sum += w(c) * soft(c);
-        const C mass = static_cast<C>(group.sum(sum)) + onehot;
-        for (int64_t c = group.rank; c < a.classes; c += group.size)
-          store(dx + c, g * (exp(load(x[c]) - lse) * mass - w(c) * soft(c) - (c == target ? onehot : C(0))));
-      } else {
-        const C gw = g * w(target);
-        for (int64_t c = group.rank; c < a.classes; c += group.size)
-          store(dx + c, gw * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
-      }
+  TORCHBP_INLINE C mass(const Group& group) const {
+    if (!has_soft()) return onehot();
+    return static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot();
+  }
+
+  // Writes the gradient of the logits. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void backward(const Group& group, C lse) const {
+    T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
+    if (ignored() || !in_range()) {
+      for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
+      return;
     }
-    if (a.grad_probabilities) {
-      T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
-      for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
-    }
+    const C g = upstream(), hot = onehot(), all = mass(group);
+    if (has_soft())
+      for (int64_t c = group.rank; c < a.classes; c += group.size)
+        store(dx + c, g * (exp(load(x[c]) - lse) * all - w(c) * soft(c) - (c == target ? hot : C(0))));
+    else
+      for (int64_t c = group.rank; c < a.classes; c += group.size)
+        store(dx + c, g * hot * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
+  }
+
+  // Writes the gradient of class probabilities. All threads of the group call this.
+  template <class Group>
+  TORCHBP_INLINE void backward_probabilities(const Group& group, C lse) const {
+    T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
+    const C g = upstream();
+    for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
   }
 };
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import functions
 from .functions import check
 from .functions.gate import any_autocast, call
-from .functions.softmax_ce import check_target
+from .functions.softmax_ce import check_target, softmax_ce_loss
 
 __all__ = [
     "add",
@@ -316,8 +316,7 @@ def cross_entropy(
     options = weight, ignore_index, reduction, label_smoothing
     if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() == 2):
         return _cross_entropy_of_any_shape(input, target, *options)
-    loss: Tensor = call(functions.SoftmaxCE, input, target, *options)[0]
-    return loss
+    return softmax_ce_loss(input, target, *options)
 
 
 def _cross_entropy_of_any_shape(
@@ -339,9 +338,7 @@ def _cross_entropy_of_any_shape(
     elif input.dim() > 2:
         rows = input.movedim(1, -1).flatten(0, -2)
         target = target.movedim(1, -1).flatten(0, -2) if probabilities else target.flatten()
-    loss, _, _ = call(
-        functions.SoftmaxCE, rows, target, weight, ignore_index, reduction, label_smoothing
-    )
+    loss = softmax_ce_loss(rows, target, weight, ignore_index, reduction, label_smoothing)
     if reduction != "none":
         return loss
     return loss.reshape(shape[:1] + shape[2:] if input.dim() > 1 else ())

@@ -21,7 +21,7 @@ struct Cpu {
   static void elementwise(Kernel kernel, const Loop& loop);
 
   // loss [n] (reduction none) or one number, in the dtype of the input; total, in the compute dtype, what a mean was
-  // divided by. Throws when a class index is out of range.
+  // divided by. Throws when a class index is out of range. Where ce.grad_input is given it receives the gradient too.
   static void softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* loss, void* total);
   static void softmax_ce_backward(const SoftmaxCE& ce);
 

@@ -10,8 +10,10 @@
 #include "../math.h"
 #include "../softmax_ce.h"
 #include "batch.h"
+#include "few_classes.h"
 #include "gemm_level.h"
 #include "levels.h"
+#include "many_classes.h"
 #include "update.h"
 
 namespace torchbp::TORCHBP_LEVEL {
@@ -47,8 +49,7 @@ void load_strided(void* to, const char* from, int64_t stride, int64_t n) {
   auto* const y = static_cast<Compute<T>*>(to);
   if (stride == sizeof(T)) {
     const T* const x = reinterpret_cast<const T*>(from);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) y[i] = load(x[i]);
+    load_n(y, x, n);
   } else {
     for (int64_t i = 0; i < n; ++i) y[i] = load(*reinterpret_cast<const T*>(from + i * stride));
   }
@@ -59,8 +60,7 @@ void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
   const auto* const x = static_cast<const Compute<T>*>(from);
   if (stride == sizeof(T)) {
     T* const y = reinterpret_cast<T*>(to);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) store(y + i, x[i]);
+    store_n(y, x, n);
   } else {
     for (int64_t i = 0; i < n; ++i) store(reinterpret_cast<T*>(to + i * stride), x[i]);
   }
@@ -68,49 +68,113 @@ void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
 
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
-// sum of exp(x - shift) over the classes: sixteen running sums that make vectors, emptied into a float64 every so often
-// so that many classes lose no digits.
+// What rows of class indices count: 1 or the weight of the class, 0 where ignored. Sets bad_row to a row whose index is
+// out of range, if there is one.
 template <class T>
-Compute<T> sum_of_exp(const T* x, int64_t classes, Compute<T> shift) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = 16, block = 64 * lanes;
-  double sum = 0;
-  for (int64_t begin = 0; begin < classes; begin += block) {
-    const int64_t end = std::min(classes, begin + block), whole = begin + (end - begin) / lanes * lanes;
-    C sums[lanes] = {};
-    for (int64_t c = begin; c < whole; c += lanes)
-      for (int64_t k = 0; k < lanes; ++k) sums[k] += exp(load(x[c + k]) - shift);
-    for (int64_t c = whole; c < end; ++c) sums[0] += exp(load(x[c]) - shift);
-    for (const C s : sums) sum += s;
+double softmax_ce_count(const SoftmaxCE& a, int64_t begin, int64_t end, int64_t& bad_row) {
+  const uint64_t classes = static_cast<uint64_t>(a.classes);
+  int64_t kept = 0, bad = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool counts = a.target[i] != a.ignore_index;
+    kept += counts;
+    bad += counts & (static_cast<uint64_t>(a.target[i]) >= classes);
   }
-  return static_cast<C>(sum);
+  if (bad > 0) {
+    int64_t i = begin;
+    while (a.target[i] == a.ignore_index || static_cast<uint64_t>(a.target[i]) < classes) ++i;
+    __atomic_store_n(&bad_row, i, __ATOMIC_RELAXED);  // any one of them will do
+    return 0;
+  }
+  if (!a.weight) return static_cast<double>(kept);
+  const T* const weight = static_cast<const T*>(a.weight);
+  double sums[4] = {};
+  for (int64_t i = begin; i < end; ++i)
+    sums[(i - begin) % 4] += a.target[i] == a.ignore_index ? 0.0 : static_cast<double>(load(weight[a.target[i]]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The rows [begin, end): their losses, and log-sum-exp and gradient of the logits where they are asked for. Returns the
+// sum of the losses.
+template <class Lanes>
+double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  Lanes block(a);
+  typename Lanes::Vector lost;
+  double sums[Lanes::lanes] = {};
+  for (int64_t i = begin; i < end; i += Lanes::lanes) {
+    block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
+    block.exponentials();
+    block.loss(lost);
+    for (int k = 0; k < Lanes::lanes; ++k) sums[k] += lost.numbers()[k];
+    if (a.loss) block.write_loss(lost);
+    if (a.lse) block.write_lse();
+    if (a.grad_input) block.gradient();
+  }
+  double sum = 0;
+  for (const double s : sums) sum += s;
+  return sum;
+}
+
+template <class Lanes>
+void few_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  Lanes block(a);
+  for (int64_t i = begin; i < end; i += Lanes::lanes) {
+    block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
+    block.probabilities();
+    block.gradient();
+  }
 }
 
 template <class T>
-void softmax_ce_forward_rows(const SoftmaxCE& a, int64_t begin, int64_t end) {
+double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   using C = Compute<T>;
+  ManyClasses<T> many(a);
+  double sum = 0;
   for (int64_t i = begin; i < end; ++i) {
     const Row<T> row(a, i);
-    const T* x = row.x;
-    C most = -std::numeric_limits<C>::infinity();
-    for (int64_t c = 0; c < a.classes; ++c) most = load(x[c]) > most ? load(x[c]) : most;
-    // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
-    const C shift = most == -std::numeric_limits<C>::infinity() ? C(0) : most;
-    const C lse = shift + std::log(sum_of_exp(x, a.classes, shift));
-    C loss = 0, count = 0;
-    if (!row.ignored() && row.in_range()) row.loss(OneThread(), lse, loss, count);
-    if (!row.ignored() && !row.in_range()) __atomic_store_n(a.bad_row, i, __ATOMIC_RELAXED);  // any one of them will do
-    static_cast<C*>(a.lse)[i] = lse;
-    static_cast<C*>(a.row_loss)[i] = loss;
-    static_cast<C*>(a.row_weight)[i] = count;
+    C shift, lost = 0, counted = 0;
+    double total;
+    many.softmax(row.x, shift, total);
+    const C lse = shift + log(static_cast<C>(total));
+    const bool one = a.classes <= many.piece.size;
+    if (a.grad_input) many.gradient(row, one ? shift : lse, one ? static_cast<C>(1 / total) : C(1), one);
+    if (!row.ignored()) row.loss(OneThread(), lse, lost, counted);
+    sum += lost;
+    if (a.loss) store(static_cast<T*>(a.loss) + i, lost);
+    if (a.lse) static_cast<C*>(a.lse)[i] = lse;
   }
+  return sum;
 }
 
 template <class T>
-void softmax_ce_backward_rows(const SoftmaxCE& a, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const C total = a.total ? *static_cast<const C*>(a.total) : C(1);
-  for (int64_t i = begin; i < end; ++i) Row<T>(a, i).backward(OneThread(), total);
+void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  ManyClasses<T> many(a);
+  for (int64_t i = begin; i < end; ++i)
+    many.gradient(Row<T>(a, i), static_cast<const Compute<T>*>(a.lse)[i], 1, false);
+}
+
+// Blocks that fit in L1: the fewer classes, the more rows, so that each step has several vectors to work on.
+template <class T>
+using Few = Lanes<T, 64, 32>;
+template <class T>
+using NotSoFew = Lanes<T, 16, 128>;
+
+template <class T>
+double softmax_ce_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  if (a.classes == 0 || a.classes > 128) return many_classes_forward<T>(a, begin, end);
+  return a.classes <= 32 ? few_classes_forward<Few<T>>(a, begin, end) : few_classes_forward<NotSoFew<T>>(a, begin, end);
+}
+
+template <class T>
+void softmax_ce_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
+  if (a.grad_input && a.classes > 128)
+    many_classes_backward<T>(a, begin, end);
+  else if (a.grad_input && a.classes > 32)
+    few_classes_backward<NotSoFew<T>>(a, begin, end);
+  else if (a.grad_input && a.classes > 0)
+    few_classes_backward<Few<T>>(a, begin, end);
+  if (a.grad_probabilities)
+    for (int64_t i = begin; i < end; ++i)
+      Row<T>(a, i).backward_probabilities(OneThread(), static_cast<const Compute<T>*>(a.lse)[i]);
 }
 
 // ---- maxout ------------------------------------------------------------------------------------------------------
@@ -172,8 +236,9 @@ template <class T>
 void fill_dtype(Level& level, DtypeIndex dtype) {
   level.load[dtype] = load_strided<T>;
   level.store[dtype] = store_strided<T>;
-  level.softmax_ce_forward[dtype] = softmax_ce_forward_rows<T>;
-  level.softmax_ce_backward[dtype] = softmax_ce_backward_rows<T>;
+  level.softmax_ce_count[dtype] = softmax_ce_count<T>;
+  level.softmax_ce_forward[dtype] = softmax_ce_forward<T>;
+  level.softmax_ce_backward[dtype] = softmax_ce_backward<T>;
   level.maxout_forward[dtype] = maxout_forward_rows<T>;
   level.maxout_backward[dtype] = maxout_backward_rows<T>;
   level.batch[dtype] = batch_rows<T>;

@@ -37,6 +37,8 @@ inline DtypeIndex dtype_index(ScalarType dtype) {
 // Half types are computed in float32.
 inline DtypeIndex compute_index(DtypeIndex dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 
+inline int64_t element_size(DtypeIndex dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
 struct Gemm;
 struct Scratch;
 
@@ -58,7 +60,8 @@ struct Level {
   ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
   LoadFunction load[kDtypes];
   StoreFunction store[kDtypes];
-  void (*softmax_ce_forward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
+  double (*softmax_ce_count[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end, int64_t& bad_row);
+  double (*softmax_ce_forward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);

@@ -61,8 +61,6 @@ public:
     gradients_.resize(weights.size());
     ce_.dtype = ScalarType::Float;
     ce_.label_smoothing = label_smoothing;
-    ce_.grad = &one_;
-    ce_.total = &total_;
     size_t next = 0;
     for (size_t p = 0; p < parameters; ++p) {
       const bool is_weight = p < weights.size();
@@ -151,9 +149,6 @@ public:
       const int64_t logits = n * net_.layers.back().out;
       logits_ = take(logits);
       grad_logits_ = take(logits);
-      ce_.lse = take(n);
-      ce_.row_loss = take(n);
-      ce_.row_weight = take(n);
       scratch_ = take(scratch_size(net_));
       batch_ = batch ? take(n * in_features()) : nullptr;
     };
@@ -179,10 +174,9 @@ public:
   float step(Matrix x, const int64_t* target, const double* hyper) {
     forward(net_, x, {logits_, ce_.classes, 1});
     ce_.target = target;
-    float loss;
-    Cpu::softmax_ce_forward(ce_, Reduction::mean, &loss, &total_);
+    float loss, total;
+    Cpu::softmax_ce_forward(ce_, Reduction::mean, &loss, &total);  // and the gradient
     if (groups_ == 0) return loss;
-    Cpu::softmax_ce_backward(ce_);
     for (const Trained& t : trained_) {
       if (t.group < 0) continue;
       updated_[t.index].update = update_of(rule_, hyper + t.group * kHyper);
@@ -206,7 +200,6 @@ private:
   std::vector<Parameter> updated_;  // those that are not frozen
   int64_t groups_ = 0;
   SoftmaxCE ce_;
-  float one_ = 1, total_ = 1;
   float *logits_ = nullptr, *grad_logits_ = nullptr, *scratch_ = nullptr, *batch_ = nullptr;
   Scratch memory_;
 };

@@ -24,6 +24,13 @@ struct Group {
   __device__ __forceinline__ C sum(C v) const {
     return reduce(v, [](C a, C b) { return a + b; });
   }
+  // Of term(0), ..., term(n - 1), in float64: float32 would lose digits over many.
+  template <class F>
+  __device__ __forceinline__ double sum_of(int64_t n, const F& term) const {
+    double v = 0;
+    for (int64_t i = rank; i < n; i += size) v += term(i);
+    return sum(v);
+  }
   // Of values that are not NaN.
   template <class C>
   __device__ __forceinline__ C max(C v) const {
@@ -116,8 +123,12 @@ __global__ void __launch_bounds__(kRowThreads<width>) ce_forward(const __grid_co
 template <class T, int width>
 __global__ void __launch_bounds__(kRowThreads<width>) ce_backward(const __grid_constant__ SoftmaxCE a) {
   using C = Compute<T>;
-  const C total = a.total ? *static_cast<const C*>(a.total) : C(1);
-  for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) { Row<T>(a, i).backward(group, total); });
+  for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) {
+    const Row<T> row(a, i);
+    const C lse = static_cast<const C*>(a.lse)[i];
+    if (a.grad_input) row.backward(group, lse);
+    if (a.grad_probabilities) row.backward_probabilities(group, lse);
+  });
 }
 
 constexpr int kSumThreads = 1024;
@@ -241,6 +252,11 @@ void Cuda::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* lo
   constexpr int byte = 0x7F;
   constexpr int64_t none = 0x7F7F7F7F7F7F7F7F;
   SoftmaxCE rows = ce;
+  const ScalarType compute = ce.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const torch::stable::Tensor row_loss = cuda::scratch(compute, ce.n, ce.device);
+  const torch::stable::Tensor row_weight = cuda::scratch(compute, ce.n, ce.device);
+  rows.row_loss = row_loss.mutable_data_ptr();
+  rows.row_weight = row_weight.mutable_data_ptr();
   torch::stable::Tensor bad_row;
   if (check_targets) {
     bad_row = cuda::scratch(ScalarType::Long, 1, ce.device);

@@ -104,6 +104,13 @@ def _fake_softmax_ce(
     return loss, input.new_empty(rows, dtype=compute), input.new_empty((), dtype=compute)
 
 
+def _fake_softmax_ce_with_gradient(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return input.new_empty(()), input.new_empty(input.shape)
+
+
 def _fake_softmax_ce_backward(
     dloss: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, total: Tensor,
     ignore_index: int, reduction: int, label_smoothing: float, need_input: bool, need_target: bool,
@@ -392,6 +399,11 @@ _register("linear_backward", _fake_linear_backward, _batch_loop(_ops.linear_back
 _register("mlp", _fake_mlp, _batch_loop(_ops.mlp), _mlp_recorded)
 _register("mlp_backward", _fake_mlp_backward, _batch_loop(_ops.mlp_backward))
 _register("softmax_ce", _fake_softmax_ce, _batch_softmax_ce, _softmax_ce_recorded)
+_register(
+    "softmax_ce_with_gradient",
+    _fake_softmax_ce_with_gradient,
+    _batch_loop(_ops.softmax_ce_with_gradient),
+)
 _register("softmax_ce_backward", _fake_softmax_ce_backward, _batch_loop(_ops.softmax_ce_backward))
 _register("max_pieces", _fake_max_pieces, _batch_max_pieces)
 _register("max_pieces_backward", _fake_max_pieces_backward, _batch_loop(_ops.max_pieces_backward))

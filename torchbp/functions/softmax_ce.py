@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
 
 from . import check
-from .gate import Gate, auxiliary, fast_backward, raw, save, unused
+from .gate import Gate, auxiliary, call, fast_backward, is_traced, raw, save, unused
 
-__all__ = ["REDUCTIONS", "SoftmaxCE"]
+__all__ = ["REDUCTIONS", "SoftmaxCE", "softmax_ce_loss"]
 
 _forward, _backward = raw("softmax_ce"), raw("softmax_ce_backward")
+_with_gradient = raw("softmax_ce_with_gradient")
 
 #: Reduction -> the number that the raw operations take.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -73,13 +76,7 @@ class SoftmaxCE(Gate):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # What the kernels could not tell from good input.
-        if (
-            type(ignore_index) is not int
-            or type(label_smoothing) is not float
-            or not 0 <= label_smoothing <= 1
-            or (ignore_index >= 0 and target.is_floating_point())
-        ):
+        if unsure(target, ignore_index, label_smoothing):
             SoftmaxCE.check(input, target, weight, ignore_index, reduction, label_smoothing)
         return _forward(input, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing)
 
@@ -213,6 +210,91 @@ def check_target(target: Tensor, wanted: tuple[int, ...], shape: tuple[int, ...]
             f"cross_entropy: target wants shape {tuple(wanted)} as {kind} for input of shape "
             f"{tuple(shape)}, got {tuple(target.shape)}"
         )
+
+
+def unsure(target: Tensor, ignore_index: int, label_smoothing: float) -> bool:
+    """Whether the arguments want a closer look: what the kernels could not tell from good input."""
+    return (
+        type(ignore_index) is not int
+        or type(label_smoothing) is not float
+        or not 0 <= label_smoothing <= 1
+        or (ignore_index >= 0 and target.is_floating_point())
+    )
+
+
+class Eager(Function):
+    """SoftmaxCE's loss in plain eager mode on the CPU: forward writes the gradient as well.
+
+    One pass over the logits instead of two, and backward only hands the gradient out, scaled by
+    dL/dloss. It takes the memory that backward would take a moment later. Whatever differentiates
+    the gradient itself goes through SoftmaxCE.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        number = REDUCTIONS[reduction]
+        loss, gradient = _with_gradient(
+            input, target, weight, ignore_index, number, label_smoothing
+        )
+        ctx.save_for_backward(input, target, weight, gradient)
+        ctx.options = ignore_index, reduction, label_smoothing
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, gradient = ctx.saved_tensors
+        if not fast_backward(grad_loss):
+            with torch.enable_grad():
+                loss, *_ = SoftmaxCE.apply(input, target, weight, *ctx.options)
+                (gradient,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
+        elif is_traced() or type(grad_loss) is not Tensor or _keeps_graph():
+            gradient = gradient * grad_loss  # the gradient may be wanted once more
+        elif grad_loss.item() != 1:
+            gradient.mul_(grad_loss)
+        return gradient, *[None] * 5
+
+
+Eager.__name__ = Eager.__qualname__ = "SoftmaxCE"  # what a computational graph shows
+_apply_eager = super(Function, Eager).apply
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def softmax_ce_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The loss of SoftmaxCE, the fastest way; the arguments are those of SoftmaxCE.apply."""
+    if (
+        input.requires_grad
+        and input.is_cpu
+        and reduction != "none"
+        and not is_traced()
+        and torch.is_grad_enabled()
+        and not target.requires_grad
+        and (weight is None or not weight.requires_grad)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not unsure(target, ignore_index, label_smoothing)
+    ):
+        try:
+            return _apply_eager(input, target, weight, ignore_index, reduction, label_smoothing)
+        except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
+            SoftmaxCE.check(input, target, weight, ignore_index, reduction, label_smoothing)
+            raise
+    loss, *_ = call(SoftmaxCE, input, target, weight, ignore_index, reduction, label_smoothing)
+    return loss
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -58,8 +58,8 @@ void plane(const Batch& b, const uint8_t* from, T* to, bool flip, int64_t down, 
   std::memset(run + length, 0, (height * width - start - length) * sizeof(T));
   T* zero = run + width - gap;
   for (int64_t x = gap; x >= 4; x -= 4, zero += 4) zero_columns<4>(zero, rows - 1, width);
-  if (gap & 2) zero_columns<2>(zero, rows - 1, width), zero += 2;
-  if (gap & 1) zero_columns<1>(zero, rows - 1, width);
+  if (gap & 2) zero_columns<2>(zero, rows - 1, width);
+  if (gap & 1) zero_columns<1>(zero + (gap & 2), rows - 1, width);
 }
 
 // scratch: height * width bytes that no other thread uses.

@@ -47,8 +47,8 @@ class BatchLoader:
 
     `x` is (image / 255 - mean) / std, channel by channel, in `dtype`: [B, C * H * W] with
     `flatten`, else [B, C, H, W]; `target` is int64 [B]; both on `device`. The order and the
-    augmentation of an epoch are determined by `(seed, epoch)` alone: the same on every run and for
-    every batch size, different in every epoch.
+    augmentation of an epoch are determined by `(seed, epoch)` alone: the same on every run, for
+    every batch size and number of threads, different in every epoch.
 
     Args:
         dataset: anything with `images`, uint8 [N, C, H, W], and `targets`, int64 [N].

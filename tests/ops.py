@@ -387,7 +387,7 @@ OPS: Mapping[str, Op] = {
         ),
         product(
             "cross_entropy",
-            ["softmax_ce", "softmax_ce_backward"],
+            ["softmax_ce_with_gradient"],
             [
                 ce_case("classes", (5, 4), classes(5)),
                 ce_case("sum", (5, 4), classes(5), reduction="sum"),

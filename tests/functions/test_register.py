@@ -72,6 +72,8 @@ def product_samples() -> dict[str, list[Sample]]:
         for goal, w, smoothing in ((target, None, 0.0), (target, classes, 0.1), (q, classes, 0.1)):
             call = (dy, goal, w, -100, reduction, smoothing)
             samples["softmax_ce"].append(call)
+            if reduction != 0:
+                samples["softmax_ce_with_gradient"].append(call)
             _, lse, total = ops.softmax_ce(*call)
             samples["softmax_ce_backward"].append(
                 (upstream, dy, goal, w, lse, total, -100, reduction, smoothing, True, goal is q)
@@ -110,7 +112,7 @@ def samples_of(name: str) -> list[Sample]:
 
 #: Fused gradients, which record no gradient of their own and say so.
 REFUSING = {"max_pieces", "max_pieces_backward"}
-REFUSING |= {"linear_backward", "mlp_backward", "softmax_ce_backward"}
+REFUSING |= {"linear_backward", "mlp_backward", "softmax_ce_backward", "softmax_ce_with_gradient"}
 REFUSING |= {
     f"{row.name}_backward{which}"
     for row in ROWS.values()
@@ -120,6 +122,10 @@ REFUSING |= {
 
 #: Operations on bytes: there is nothing to differentiate.
 ON_BYTES = {"image_batch"}
+
+#: What cross_entropy runs where softmax_ce_with_gradient does not do: each row's own loss, a gradient
+#: for the target, no gradient at all, torch.func and torch.compile, CUDA.
+CROSS_ENTROPY_IN_TWO = {"softmax_ce", "softmax_ce_backward"}
 
 EACH_RAW_OP = pytest.mark.parametrize("name", RAW_OPS)
 
@@ -272,7 +278,7 @@ def test_every_raw_op_belongs_to_an_op() -> None:
         for row in ROWS.values() if len(row.inputs) == 2 and row.name in mentioned
         for which in "ab"
     }  # fmt: skip
-    assert mentioned | ON_BYTES == set(RAW_OPS)
+    assert mentioned | ON_BYTES | CROSS_ENTROPY_IN_TWO == set(RAW_OPS)
 
 
 @pytest.mark.parametrize("name", [row.name for row in ROWS.values() if len(row.inputs) == 2])
@@ -328,5 +334,6 @@ def test_frozen_inputs_of_cross_entropy(frozen: str) -> None:
     input, target = randn(5, 4), randn(5, 4).softmax(1)
     free = (target if frozen == "input" else input).requires_grad_()
     with Arguments() as recorded:
-        torch.autograd.grad(torchbp.functional.cross_entropy(input, target), free)
+        loss = torchbp.functional.cross_entropy(input, target, reduction="none")
+        torch.autograd.grad(loss.sum(), free)
     assert recorded.calls["softmax_ce_backward"][-2:] == (frozen != "input", frozen != "target")

@@ -283,7 +283,7 @@ def softmax_ce_loss(
         and not is_traced()
         and torch.is_grad_enabled()
         and not target.requires_grad
-        and (weight is None or not weight.requires_grad)
+        and not (isinstance(weight, Tensor) and weight.requires_grad)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not unsure(target, ignore_index, label_smoothing)

@@ -88,8 +88,8 @@ struct SoftmaxCE {
   int64_t* bad_row = nullptr;
 
   // Backward, and forward if it is to write the gradient too: row i receives grad[i * grad_stride] / *total.
-  const void* grad = nullptr;  // null: 1
-  int64_t grad_stride = 0;  // elements: 1 for reduction "none", else 0
+  const void* grad = nullptr;          // null: 1
+  int64_t grad_stride = 0;             // elements: 1 for reduction "none", else 0
   const void* total = nullptr;         // one number of the compute dtype
   void* grad_input = nullptr;          // [n, classes] or null
   void* grad_probabilities = nullptr;  // [n, classes] or null

@@ -87,9 +87,9 @@ struct Reduce<double> {
   using Int = int64_t;
   static constexpr int mantissa = 52, bias = 1023;
   // 1/2!, ..., 1/13!: the first term left out is below 5e-18 of the result.
-  static constexpr double series[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
-                                      1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600,
-                                      1. / 6227020800};
+  static constexpr double series[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                      1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                      1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   static constexpr double log2e = 1.4426950408889634, hi = 0.693147180369123816490, lo = 1.90821492927058770002e-10;
   static constexpr double round = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double least = -746., most = 710.;

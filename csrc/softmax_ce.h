@@ -52,8 +52,7 @@ struct Row {
     loss = 0;
     count = a.classes > 0 ? 1 : 0;  // a mean over no classes is 0 / 0, as in PyTorch
     if (has_soft()) {
-      loss = static_cast<C>(
-          group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * (lse - load(x[c])); }));
+      loss = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * (lse - load(x[c])); }));
     }
     if (!a.soft) {
       count = w(target);

@@ -129,7 +129,8 @@ const char* cpu_level() { return level().name; }
 void Cpu::elementwise(Kernel kernel, const Loop& loop) {
   const ColumnFunction column = level().column[static_cast<int>(kernel)][compute_index(dtype_index(loop.dtype))];
   const Arity arity = kArity[static_cast<int>(kernel)];
-  for (int k = 0; k < arity.outputs; ++k) expect_large(loop.data[k], loop.numel * element_size(dtype_index(loop.dtype)));
+  for (int k = 0; k < arity.outputs; ++k)
+    expect_large(loop.data[k], loop.numel * element_size(dtype_index(loop.dtype)));
   parallel(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
     // The position of `begin`, then run after run along the innermost dimension.
     int64_t position[kMaxDims];
@@ -182,9 +183,8 @@ void Cpu::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* los
   double counted = ce.classes > 0 ? static_cast<double>(ce.n) : 0.0;  // a mean over no classes is 0 / 0, as in PyTorch
   if (!ce.soft) {
     int64_t bad_row = -1;
-    counted = blocked_sum(ce.n, [&](int64_t begin, int64_t end) {
-      return level().softmax_ce_count[dtype](ce, begin, end, bad_row);
-    });
+    counted = blocked_sum(
+        ce.n, [&](int64_t begin, int64_t end) { return level().softmax_ce_count[dtype](ce, begin, end, bad_row); });
     STD_TORCH_CHECK(bad_row < 0, "torchbp::softmax_ce: target ", ce.target[bad_row], " in row ", bad_row,
                     " is out of range for ", ce.classes, " classes");
   }

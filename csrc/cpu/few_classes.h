@@ -11,7 +11,6 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-
 // ---- transposing -------------------------------------------------------------------------------------------------
 
 using Four = float __attribute__((vector_size(16)));
@@ -102,9 +101,9 @@ struct Lanes {
   const C keep, smooth_each;
   const bool has_soft;  // whether w q has a part besides the one-hot one
   int64_t first = 0, rows = 0;
-  Vector x[kMost];       // logits
-  Vector p[kMost];       // probabilities, up to a factor of each row
-  Vector wq[kMost];      // w q without its one-hot part, if it has another
+  Vector x[kMost];             // logits
+  Vector p[kMost];             // probabilities, up to a factor of each row
+  Vector wq[kMost];            // w q without its one-hot part, if it has another
   Vector x_target, onehot;     // x and the one-hot part of w q where the target is
   Vector mass;                 // sum of w q
   Vector shift, sum, log_sum;  // the largest x, the sum of exp(x - shift) and its logarithm
@@ -137,8 +136,7 @@ struct Lanes {
     }
     Vector of_x{}, of_w{};
     if (!a.soft)
-      for (int64_t c = 0; c < a.classes; ++c)
-        TORCHBP_PARTS {
+      for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS {
           const IntPart here = target[i] == static_cast<Int>(c);
           of_x.part[i] = here ? x[c].part[i] : of_x.part[i];
           of_w.part[i] = here ? keep * w(c) + Part{} : of_w.part[i];
@@ -147,9 +145,9 @@ struct Lanes {
     mass = onehot = of_w;
     if (!has_soft) return;
     if (a.soft)
-      to_lanes<kLanes, kMost>(static_cast<const T*>(a.probabilities) + first * a.classes, rows, a.classes, wq->numbers());
-    for (int64_t c = 0; c < a.classes; ++c)
-      TORCHBP_PARTS {
+      to_lanes<kLanes, kMost>(static_cast<const T*>(a.probabilities) + first * a.classes, rows, a.classes,
+                              wq->numbers());
+    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS {
         wq[c].part[i] = w(c) * ((a.soft ? keep * wq[c].part[i] : Part{}) + smooth_each);
         mass.part[i] += wq[c].part[i];
       }
@@ -163,10 +161,8 @@ struct Lanes {
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     TORCHBP_PARTS shift.part[i] = most.part[i] == -std::numeric_limits<C>::infinity() ? Part{} : most.part[i];
     for (int64_t c = 0; c < a.classes; ++c)
-      for (int k = 0; k < kLanes; ++k)
-        p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
-    for (int64_t c = 0; c < a.classes; ++c)
-      TORCHBP_PARTS total.part[i] += p[c].part[i];
+      for (int k = 0; k < kLanes; ++k) p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
+    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS total.part[i] += p[c].part[i];
     sum = total;
     for (int k = 0; k < kLanes; ++k) log_sum.numbers()[k] = log(sum.numbers()[k]);
   }
@@ -208,8 +204,7 @@ struct Lanes {
       factor.part[i] = g.part[i] * mass.part[i] / sum.part[i];
       hot.part[i] = g.part[i] * onehot.part[i];
     }
-    for (int64_t c = 0; c < a.classes; ++c)
-      TORCHBP_PARTS {
+    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS {
         Part d = p[c].part[i] * factor.part[i];
         d -= target[i] == static_cast<Int>(c) ? hot.part[i] : Part{};
         if (has_soft) d -= g.part[i] * wq[c].part[i];

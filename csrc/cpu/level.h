@@ -148,8 +148,7 @@ double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
 template <class T>
 void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   ManyClasses<T> many(a);
-  for (int64_t i = begin; i < end; ++i)
-    many.gradient(Row<T>(a, i), static_cast<const Compute<T>*>(a.lse)[i], 1, false);
+  for (int64_t i = begin; i < end; ++i) many.gradient(Row<T>(a, i), static_cast<const Compute<T>*>(a.lse)[i], 1, false);
 }
 
 // Blocks that fit in L1: the fewer classes, the more rows, so that each step has several vectors to work on.

@@ -123,8 +123,8 @@ REFUSING |= {
 #: Operations on bytes: there is nothing to differentiate.
 ON_BYTES = {"image_batch"}
 
-#: What cross_entropy runs where softmax_ce_with_gradient does not do: each row's own loss, a gradient
-#: for the target, no gradient at all, torch.func and torch.compile, CUDA.
+#: What cross_entropy runs where softmax_ce_with_gradient does not do: each row's own loss, a
+#: gradient for the target, no gradient at all, torch.func and torch.compile, CUDA.
 CROSS_ENTROPY_IN_TWO = {"softmax_ce", "softmax_ce_backward"}
 
 EACH_RAW_OP = pytest.mark.parametrize("name", RAW_OPS)

@@ -52,6 +52,10 @@ void define_operations(StableLibrary& m) {
   m.def("max_pieces(Tensor z) -> (Tensor, Tensor)");
   m.def("max_pieces_backward(Tensor dy, Tensor index, int pieces) -> Tensor");
   m.def("l2_penalty(Tensor[] tensors) -> Tensor");
+}
+
+// What no Function calls: there is one of each, without autograd.
+void define_others(StableLibrary& m) {
   m.def("sgd_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
   m.def("adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
   m.def(
@@ -59,18 +63,20 @@ void define_operations(StableLibrary& m) {
       "ScalarType dtype) -> Tensor");
 }
 
+void register_on_cpu(StableLibrary& m) {
+  register_operations<Cpu>(m);
+  m.impl("softmax_ce_with_gradient", TORCH_BOX(&softmax_ce_with_gradient<Cpu>));
+}
+
 }  // namespace
 }  // namespace torchbp
 
-STABLE_TORCH_LIBRARY(torchbp, m) { torchbp::define_operations(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
-  torchbp::register_operations<torchbp::Cpu>(m);
-  m.impl("softmax_ce_with_gradient", TORCH_BOX(&torchbp::softmax_ce_with_gradient<torchbp::Cpu>));
+STABLE_TORCH_LIBRARY(torchbp, m) {
+  torchbp::define_operations(m);
+  torchbp::define_others(m);
 }
+STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) { torchbp::register_on_cpu(m); }
 
 // The same without autograd, which the Functions call where nothing records or transforms them.
 STABLE_TORCH_LIBRARY(torchbp_kernels, m) { torchbp::define_operations(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) {
-  torchbp::register_operations<torchbp::Cpu>(m);
-  m.impl("softmax_ce_with_gradient", TORCH_BOX(&torchbp::softmax_ce_with_gradient<torchbp::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) { torchbp::register_on_cpu(m); }

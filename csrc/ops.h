@@ -414,10 +414,6 @@ inline SoftmaxCE describe_softmax_ce(const char* op, const Tensor& input, const 
   return ce;
 }
 
-inline std::optional<Tensor> dense_if_any(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(dense(*t)) : t;
-}
-
 inline Reduction reduction_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= 2,
                   "torchbp::softmax_ce: reduction wants 0 (none), 1 (mean) or 2 (sum), got ", number);

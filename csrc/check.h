@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -101,5 +102,11 @@ inline Tensor new_like(const Tensor& t) {
 inline Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type(), like); }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline std::optional<Tensor> dense_if_any(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(dense(*t)) : t;
+}
+
+inline float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 }  // namespace torchbp

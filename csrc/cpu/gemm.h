@@ -32,6 +32,28 @@ struct Gemm {
   float *state0 = nullptr, *state1 = nullptr;
 };
 
+// Element (i, j) is data[i * row + j * column].
+struct Matrix {
+  float* data = nullptr;
+  int64_t row = 0, column = 0;
+  Matrix transposed() const { return {data, column, row}; }
+};
+
+// C [m, n] = A [m, k] B [k, n], to be completed with what follows it.
+inline Gemm product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c) {
+  Gemm g;
+  g.m = m, g.n = n, g.k = k;
+  g.a = a.data, g.a_i = a.row, g.a_k = a.column;
+  g.b = b.data, g.b_k = b.row, g.b_j = b.column;
+  g.c = c.data, g.c_i = c.row, g.c_j = c.column;
+  return g;
+}
+
+// A column of the table in float32, or null for none.
+inline ColumnFunction float_column(Kernel kernel) {
+  return kernel == Kernel::count ? nullptr : level().column[static_cast<int>(kernel)][kFloat32];
+}
+
 // Runs it, on as many threads as pay.
 void gemm(const Gemm& gemm);
 

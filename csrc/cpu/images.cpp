@@ -7,12 +7,6 @@
 #include "backend.h"
 
 namespace torchbp {
-namespace {
-
-std::optional<Tensor> dense_if_any(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
-
-}  // namespace
-
 ImageBatch describe_images(const char* op, const Tensor& images, const Tensor& index, const std::optional<Tensor>& flip,
                            const std::optional<Tensor>& shift, std::vector<double> scale, std::vector<double> offset) {
   const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, const std::vector<int64_t>& shape) {

@@ -212,19 +212,19 @@ void maxout_backward_rows(const Maxout& a, int64_t begin, int64_t end) {
 // ---- sums --------------------------------------------------------------------------------------------------------
 
 // Eight running sums let the additions overlap; float64 keeps the result independent of the order to rounding.
-template <class T, bool square>
-double sum_of(const void* data, int64_t n) {
+template <class T>
+double sum_of_squares(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   double sums[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     for (int k = 0; k < 8; ++k) {
       const double v = load(x[i + k]);
-      sums[k] += square ? v * v : v;
+      sums[k] += v * v;
     }
   for (; i < n; ++i) {
     const double v = load(x[i]);
-    sums[0] += square ? v * v : v;
+    sums[0] += v * v;
   }
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
@@ -241,8 +241,7 @@ void fill_dtype(Level& level, DtypeIndex dtype) {
   level.maxout_forward[dtype] = maxout_forward_rows<T>;
   level.maxout_backward[dtype] = maxout_backward_rows<T>;
   level.batch[dtype] = batch_rows<T>;
-  level.sum[dtype] = sum_of<T, false>;
-  level.sum_of_squares[dtype] = sum_of<T, true>;
+  level.sum_of_squares[dtype] = sum_of_squares<T>;
   level.update[dtype] = update<T>;
 }
 

@@ -3,20 +3,8 @@
 
 #include <algorithm>
 
-#include "gemm.h"
-
 namespace torchbp {
 namespace {
-
-// C [m, n] = A [m, k] B [k, n], to be completed with what follows it.
-Gemm product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c) {
-  Gemm g;
-  g.m = m, g.n = n, g.k = k;
-  g.a = a.data, g.a_i = a.row, g.a_k = a.column;
-  g.b = b.data, g.b_k = b.row, g.b_j = b.column;
-  g.c = c.data, g.c_i = c.row, g.c_j = c.column;
-  return g;
-}
 
 Matrix weight_of(const Layer& layer) { return {const_cast<float*>(layer.weight), layer.in, 1}; }
 
@@ -24,6 +12,13 @@ Matrix weight_of(const Layer& layer) { return {const_cast<float*>(layer.weight),
 Matrix by_example(float* data, int64_t n) { return {data, 1, n}; }
 
 }  // namespace
+
+void Network::set_activation(const Activation& f, double value) {
+  activation = float_column(f.forward);
+  gradient = float_column(f.backward);
+  saves_x = f.saves_x;
+  parameter = value;
+}
 
 void forward(const Network& net, Matrix x, Matrix y) {
   Matrix h = x;

@@ -8,17 +8,10 @@
 
 #include <vector>
 
-#include "../optim.h"
-#include "levels.h"
+#include "../activation.h"
+#include "gemm.h"
 
 namespace torchbp {
-
-// Element (i, j) is data[i * row + j * column].
-struct Matrix {
-  float* data = nullptr;
-  int64_t row = 0, column = 0;
-  Matrix transposed() const { return {data, column, row}; }
-};
 
 // One layer: z = W h + b, and h' = f(z) unless it is the last.
 struct Layer {
@@ -44,6 +37,9 @@ struct Network {
   ColumnFunction activation = nullptr, gradient = nullptr;  // null: none
   bool saves_x = false;                                     // whether the gradient reads z
   double parameter = 0;                                     // of the activation
+
+  // f between the layers.
+  void set_activation(const Activation& f, double parameter);
 };
 
 // y [n, out] of x [n, in].

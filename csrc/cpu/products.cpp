@@ -1,9 +1,6 @@
 // linear, mlp and their gradients on this backend's own products (gemm.h, network.h): float32.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "../check.h"
 #include "backend.h"
-#include "gemm.h"
 #include "network.h"
 
 namespace torchbp {
@@ -14,34 +11,24 @@ constexpr int64_t kTiny = 1 << 20;
 // From this many examples on packing the weight is repaid.
 constexpr int64_t kEnough = 64;
 
-float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-Matrix matrix_of(const Tensor& t) { return {data_of(t), t.stride(0), t.stride(1)}; }
+Matrix matrix_of(const Tensor& t) { return {floats_of(t), t.stride(0), t.stride(1)}; }
 
 // As a product reads it: with one stride of 1.
 Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.stride(0) == 1 ? t : dense(t); }
 
-Tensor empty_strided(std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, const Tensor& like) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
-                                                  aoti_torch_device_type_cpu(), like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 Tensor empty_matrix(int64_t rows, int64_t columns, const Tensor& like) {
-  return empty_strided({rows, columns}, {columns, 1}, like);
+  return empty({rows, columns}, ScalarType::Float, like);
 }
 
-ColumnFunction column(Kernel kernel) {
-  return kernel == Kernel::count ? nullptr : level().column[static_cast<int>(kernel)][kFloat32];
+Tensor empty_feature_major(int64_t n, int64_t features, const Tensor& like) {
+  const int64_t strides[] = {1, n};
+  return empty_strided({n, features}, strides, aoti_torch_dtype_float32(), like);
 }
 
 Network network_of(const Tensor& x, const std::vector<Tensor>& weights, const Activation& f, double parameter) {
   Network net;
   net.n = x.size(0);
-  net.activation = column(f.forward);
-  net.gradient = column(f.backward);
-  net.saves_x = f.saves_x;
-  net.parameter = parameter;
+  net.set_activation(f, parameter);
   net.layers.resize(weights.size());
   for (size_t l = 0; l < weights.size(); ++l) {
     net.layers[l].in = weights[l].size(1);
@@ -74,16 +61,11 @@ std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, 
   const std::optional<Tensor> bias = bias_ ? std::optional<Tensor>(dense(*bias_)) : bias_;
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Tensor y = empty_matrix(n, out, x), z = f.saves_x ? empty_matrix(n, out, x) : nothing(x);
-  Gemm g;
-  g.m = n, g.n = out, g.k = in;
-  const Matrix a = matrix_of(x), b = matrix_of(weight).transposed();
-  g.a = a.data, g.a_i = a.row, g.a_k = a.column;
-  g.b = b.data, g.b_k = b.row, g.b_j = b.column;
-  g.c = data_of(y), g.c_i = out, g.c_j = 1;
-  g.bias = bias ? data_of(*bias) : nullptr;
-  g.activation = column(f.forward);
+  Gemm g = product(n, out, in, matrix_of(x), matrix_of(weight).transposed(), matrix_of(y));
+  g.bias = bias ? floats_of(*bias) : nullptr;
+  g.activation = float_column(f.forward);
   g.parameter = parameter;
-  g.z = f.saves_x ? data_of(z) : nullptr;
+  g.z = f.saves_x ? floats_of(z) : nullptr;
   gemm(g);
   return {y, z};
 }
@@ -93,21 +75,16 @@ std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, 
   const Tensor dz = readable(dz_), x = readable(x_), weight = readable(weight_);
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Matrix d = matrix_of(dz), rows = matrix_of(x), w = matrix_of(weight);
-  const auto product = [&](int64_t m, int64_t columns, int64_t k, Matrix a, Matrix b) {
-    const Tensor c = empty_matrix(m, columns, x);
-    Gemm g;
-    g.m = m, g.n = columns, g.k = k;
-    g.a = a.data, g.a_i = a.row, g.a_k = a.column;
-    g.b = b.data, g.b_k = b.row, g.b_j = b.column;
-    g.c = data_of(c), g.c_i = columns, g.c_j = 1;
-    gemm(g);
+  const auto multiply = [&](int64_t rows, int64_t columns, int64_t k, Matrix a, Matrix b) {
+    const Tensor c = empty_matrix(rows, columns, x);
+    gemm(product(rows, columns, k, a, b, matrix_of(c)));
     return c;
   };
-  std::array<Tensor, 3> result{need_x ? product(n, in, out, d, w) : nothing(x),
-                               need_weight ? product(out, in, n, d.transposed(), rows) : nothing(x), nothing(x)};
+  std::array<Tensor, 3> result{need_x ? multiply(n, in, out, d, w) : nothing(x),
+                               need_weight ? multiply(out, in, n, d.transposed(), rows) : nothing(x), nothing(x)};
   if (need_bias) {
     result[2] = empty({out}, ScalarType::Float, x);
-    sum_rows(d, n, out, data_of(result[2]));
+    sum_rows(d, n, out, floats_of(result[2]));
   }
   return result;
 }
@@ -145,8 +122,8 @@ std::vector<Tensor> Cpu::mlp(const Tensor& x_, const std::vector<Tensor>& weight
     if (l + 1 == weights.size()) break;
     for (float** const kept : {f.saves_x ? &layer.z : nullptr, &layer.h}) {
       if (!kept) continue;
-      result.push_back(empty_strided({net.n, layer.out}, {1, net.n}, x));
-      *kept = data_of(result.back());
+      result.push_back(empty_feature_major(net.n, layer.out, x));
+      *kept = floats_of(result.back());
     }
   }
   forward(net, matrix_of(x), matrix_of(result[0]));
@@ -170,17 +147,17 @@ std::vector<Tensor> Cpu::mlp_backward(const Tensor& dy_, const Tensor& x_, const
   for (size_t l = 0; l < layers; ++l) {
     Layer& layer = net.layers[l];
     if (l + 1 < layers) {
-      if (f.saves_x) layer.z = data_of(saved[l * per_layer]);
-      layer.h = data_of(saved[l * per_layer + per_layer - 1]);
+      if (f.saves_x) layer.z = floats_of(saved[l * per_layer]);
+      layer.h = floats_of(saved[l * per_layer + per_layer - 1]);
       check_shape("mlp_backward", "saved", saved[l * per_layer], std::vector<int64_t>{net.n, layer.out});
     }
     if (need_weights[l]) {
       result[1 + l] = empty_matrix(layer.out, layer.in, x);
-      gradients[l].weight = data_of(result[1 + l]);
+      gradients[l].weight = floats_of(result[1 + l]);
     }
     if (!need_biases.empty() && need_biases[l]) {
       result[1 + layers + l] = empty({layer.out}, ScalarType::Float, x);
-      gradients[l].bias = data_of(result[1 + layers + l]);
+      gradients[l].bias = floats_of(result[1 + layers + l]);
     }
   }
   // Large memory is given back, small memory kept for the next call.

@@ -21,8 +21,6 @@ namespace {
 
 constexpr const char* kOp = "trainer";
 
-float* data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 void check_operand(const char* argument, const Tensor& t, ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), "torchbp::", kOp, ": ", argument,
                   " wants a contiguous CPU tensor of dtype ", dtype == ScalarType::Long ? "int64" : "float32");
@@ -53,10 +51,7 @@ public:
     STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "torchbp::", kOp,
                     ": label_smoothing wants 0 to 1, got ", label_smoothing);
     const Activation f = activation_of(kOp, activation);
-    net_.activation = f.any ? level().column[static_cast<int>(f.forward)][kFloat32] : nullptr;
-    net_.gradient = f.any ? level().column[static_cast<int>(f.backward)][kFloat32] : nullptr;
-    net_.saves_x = f.saves_x;
-    net_.parameter = parameter;
+    net_.set_activation(f, parameter);
     net_.layers.resize(weights.size());
     gradients_.resize(weights.size());
     ce_.dtype = ScalarType::Float;
@@ -166,7 +161,7 @@ public:
   Tensor logits() const {
     const Tensor result = torch::stable::empty(std::vector<int64_t>{ce_.n, ce_.classes}, ScalarType::Float,
                                                std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    std::copy_n(logits_, ce_.n * ce_.classes, data_of(result));
+    std::copy_n(logits_, ce_.n * ce_.classes, floats_of(result));
     return result;
   }
 
@@ -190,7 +185,7 @@ private:
   static float* find(const Tensor& t, int64_t numel) {
     STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == ScalarType::Float, "torchbp::", kOp,
                     ": a parameter or its state has changed in shape, layout or dtype");
-    return data_of(t);
+    return floats_of(t);
   }
 
   Rule rule_;
@@ -253,8 +248,8 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
   for (int64_t s = 0; s < count; ++s)
-    data_of(losses)[s] = trainer->step({data_of(xs) + s * n * in, in, 1}, target + s * n,
-                                       hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+    floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
+                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   return losses;
 }
 
@@ -285,7 +280,7 @@ Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::opt
     if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
     batch.out = trainer->batch();
     Cpu::batch(batch);
-    data_of(losses)[s] =
+    floats_of(losses)[s] =
         trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
                       hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   }

@@ -57,16 +57,50 @@ def adamw_row(group: dict[str, Any]) -> tuple[float, ...]:
 class _OneCall(Optimizer):
     """How `step` and `zero_grad` come to cost little.
 
-    A subclass has `_gather`, which returns the operation's arguments, the parameters first, or None
-    where torch is to do the step.
+    A subclass names its operation, torch's own step, the options with which torch does the step,
+    the hyperparameters of a group as the operation takes them, and the keys of the state that it
+    wants of each parameter for those.
     """
 
     _operation: Callable[..., None]
     _torch_step: Callable[..., Any]
+    _left_to_torch: tuple[str, ...]
+    _row: Callable[[dict[str, Any]], tuple[float, ...]]
     _pause = 0
 
-    def _gather(self) -> tuple[Any, ...] | None:
+    def _keys(self, row: tuple[float, ...]) -> tuple[str, ...]:
         raise NotImplementedError
+
+    def _gather(self) -> tuple[Any, ...] | None:
+        """The operation's arguments, the parameters first, or None where torch is to do the step:
+        where an option is left to it, and where it has yet to make the state."""
+        state = self.state
+        parameters: list[Tensor] = []
+        grads: list[Tensor] = []
+        kept: list[Tensor] = []
+        groups: list[float] = []
+        for group in self.param_groups:
+            for option in self._left_to_torch:
+                if group[option]:
+                    return None
+            row = self._row(group)
+            keys, before = self._keys(row), len(grads)
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                parameters.append(p)
+                grads.append(grad)
+                if keys:
+                    slot = state[p]
+                    for key in keys:
+                        value = slot.get(key)
+                        if value is None:
+                            return None
+                        kept.append(value)
+            groups.append(len(grads) - before)
+            groups += row
+        return parameters, grads, kept, groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -164,31 +198,11 @@ class SGD(_OneCall, torch.optim.SGD):
     _operation = staticmethod(_sgd)
     _torch_step = staticmethod(_unhooked(torch.optim.SGD))
 
-    def _gather(self) -> tuple[Any, ...] | None:
-        state = self.state
-        parameters: list[Tensor] = []
-        grads: list[Tensor] = []
-        kept: list[Tensor] = []
-        groups: list[float] = []
-        for group in self.param_groups:
-            if group["differentiable"] or group["fused"]:
-                return None
-            row = sgd_row(group)
-            momentum, before = row[1], len(grads)
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                parameters.append(p)
-                grads.append(grad)
-                if momentum:
-                    buffer = state[p].get("momentum_buffer")
-                    if buffer is None:
-                        return None
-                    kept.append(buffer)
-            groups.append(len(grads) - before)
-            groups += row
-        return parameters, grads, kept, groups
+    _left_to_torch = ("differentiable", "fused")
+    _row = staticmethod(sgd_row)
+
+    def _keys(self, row: tuple[float, ...]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if row[1] else ()
 
 
 class AdamW(_OneCall, torch.optim.AdamW):
@@ -218,26 +232,8 @@ class AdamW(_OneCall, torch.optim.AdamW):
     _operation = staticmethod(_adamw)
     _torch_step = staticmethod(_unhooked(torch.optim.AdamW))
 
-    def _gather(self) -> tuple[Any, ...] | None:
-        state = self.state
-        parameters: list[Tensor] = []
-        grads: list[Tensor] = []
-        kept: list[Tensor] = []
-        groups: list[float] = []
-        for group in self.param_groups:
-            if group["differentiable"] or group["fused"] or group["amsgrad"] or group["capturable"]:
-                return None
-            before = len(grads)
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                slot = state[p]
-                if not slot:
-                    return None
-                parameters.append(p)
-                grads.append(grad)
-                kept += slot["exp_avg"], slot["exp_avg_sq"], slot["step"]
-            groups.append(len(grads) - before)
-            groups += adamw_row(group)
-        return parameters, grads, kept, groups
+    _left_to_torch = ("differentiable", "fused", "amsgrad", "capturable")
+    _row = staticmethod(adamw_row)
+
+    def _keys(self, row: tuple[float, ...]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "step")

@@ -238,8 +238,10 @@ class CompiledStep:
                 loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
                 size, loader.drop_last, self._hyper_of(count, scheduler),
             )  # fmt: skip
-            example = read(*plan.of(slice(1))[:3]).flatten(1), plan.target[:1]
-            losses.append(self._train(_run_epoch, arguments, example))
+            one = plan.of(slice(1))
+            losses.append(
+                self._train(_run_epoch, arguments, lambda: (read(*one[:3]).flatten(1), one.target))
+            )
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _epoch(
@@ -270,20 +272,21 @@ class CompiledStep:
         return hyper
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
-        return self._train(_run_steps, (x, target, hyper), (x, target))
+        return self._train(_run_steps, (x, target, hyper), lambda: (x, target))
 
     def _train(
         self,
         operation: Callable[..., Tensor],
         arguments: tuple[Any, ...],
-        batch: tuple[Tensor, Tensor],
+        batch: Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Run an operation of the trainer; `batch` is what to blame if it fails."""
+        """Run an operation of the trainer; `batch` gives what to blame if it fails."""
         try:
             losses = operation(self._trainer, *arguments)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
-            self._check_batch(*batch, many=isinstance(batch[0], Tensor) and batch[0].dim() == 3)
+            x, target = batch()
+            self._check_batch(x, target, many=isinstance(x, Tensor) and x.dim() == 3)
             raise
         self._logits = None
         # A graph that holds a parameter has to see that it was changed, and a scheduler that there

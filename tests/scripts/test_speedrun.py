@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 
 import torchbp.data.cifar10
+from scripts import speedrun
+from tests.scripts.cifar import write_cifar
 from torchbp.data import BatchLoader
+from torchbp.data.cifar10 import ImageDataset
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "speedrun.py"
 IMAGES = 120  # in each of the six files, in place of 10,000
 COLUMNS = ("accuracy", "averaged", "seconds", "evaluation")
 
@@ -27,48 +28,23 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in which each class is a little brighter in rows of its own."""
-    root = tmp_path_factory.mktemp("data")
-    folder = root / "cifar-10-batches-bin"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        labels = np.arange(IMAGES) % 10
-        images = random.integers(0, 200, (IMAGES, 3, 32, 32))
-        for image, label in zip(images, labels, strict=True):
-            image[:, 3 * label : 3 * label + 3] += 20
-        records = np.concatenate([labels[:, None], images.reshape(IMAGES, 3072)], axis=1)
-        (folder / f"{name}.bin").write_bytes(records.astype(np.uint8).tobytes())
-    names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
-    (folder / "batches.meta.txt").write_text(names)
-    return root
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("speedrun", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["speedrun"] = module  # where dataclass looks up what annotations name
-    spec.loader.exec_module(module)
-    return module
+    return write_cifar(tmp_path_factory.mktemp("data"), IMAGES, contrast=20)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files, and recipes for them."""
     monkeypatch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
-    small = {"hidden": (16,), "components": 24, "batch_size": 25, "epochs": 3, "lr": 0.05}
-    recipes = {goal: script.replace(recipe, **small) for goal, recipe in script.RECIPES.items()}
-    monkeypatch.setattr(script, "RECIPES", recipes)
+    recipes = {
+        goal: replace(recipe, hidden=(16,), components=24, batch_size=25, epochs=3, lr=0.05)
+        for goal, recipe in speedrun.RECIPES.items()
+    }
+    monkeypatch.setattr(speedrun, "RECIPES", recipes)
 
 
-def test_table_and_file(
-    data: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_and_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "runs.json"
-    assert script.main(["--data-dir", str(data), "--seeds", "2", "--json", str(file)]) == 0
+    assert speedrun.main(["--data-dir", str(data), "--seeds", "2", "--json", str(file)]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""  # no bar without a terminal
     report = json.loads(file.read_text())
@@ -89,11 +65,11 @@ def test_table_and_file(
     assert last.endswith(f"{report['mean']['accuracy']:.2f} % in {report['mean']['seconds']:.1f} s")
 
 
-def test_it_learns_and_repeats(data: Path, tmp_path: Path, script: ModuleType) -> None:
+def test_it_learns_and_repeats(data: Path, tmp_path: Path) -> None:
     accuracy = []
     for file in (tmp_path / "1", tmp_path / "2"):
         flags = ["--data-dir", str(data), "--seeds", "1", "--epochs", "8", "--json", str(file)]
-        assert script.main(flags) == 0
+        assert speedrun.main(flags) == 0
         report = json.loads(file.read_text())
         (run,) = report["runs"]
         accuracy.append((run["accuracy"], run["averaged"]))
@@ -108,7 +84,6 @@ def test_it_learns_and_repeats(data: Path, tmp_path: Path, script: ModuleType) -
 def test_the_goal_is_a_mean_of_last_epochs_within_the_limit(
     data: Path,
     tmp_path: Path,
-    script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     accuracy: float,
     seconds: float,
@@ -116,12 +91,12 @@ def test_the_goal_is_a_mean_of_last_epochs_within_the_limit(
     """The average over views does not count, nor do single seeds."""
     clock = iter([0.0, seconds - 1, 100.0, 200.0, 200.0 + seconds + 1, 900.0])
     results = iter([(accuracy - 1, 99.0), (accuracy + 1, 0.0)])
-    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(script, "train", lambda *arguments: (None, None))
-    monkeypatch.setattr(script, "evaluate", lambda *arguments: next(results))
+    monkeypatch.setattr(speedrun, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(speedrun, "train", lambda *arguments: (None, None))
+    monkeypatch.setattr(speedrun, "evaluate", lambda *arguments: next(results))
     file = tmp_path / "runs.json"
     flags = ["--data-dir", str(data), "--seeds", "2", "--quiet", "--json", str(file)]
-    assert script.main(flags) == 0
+    assert speedrun.main(flags) == 0
     report = json.loads(file.read_text())
     assert report["reached"] == (accuracy >= 60 and seconds <= 60)
     assert report["mean"]["seconds"] == seconds
@@ -134,22 +109,22 @@ def images(n: int) -> SimpleNamespace:
     return SimpleNamespace(images=(255 * large).to(torch.uint8), targets=torch.arange(n) % 10)
 
 
-def components(script: ModuleType, n: int, whiten: float) -> tuple[object, Tensor]:
+def components(n: int, whiten: float) -> tuple[speedrun.Components, Tensor]:
     loader = BatchLoader(images(n), 32)
     (sample, _) = next(iter(BatchLoader(loader.dataset, n, flatten=False)))
-    return script.Components(loader, sample, count=20, whiten=whiten), sample.double()
+    return speedrun.Components(loader, sample, count=20, whiten=whiten), sample.double()
 
 
 @pytest.mark.parametrize("whiten", [0.0, 0.5, 1.0])
-def test_components(script: ModuleType, whiten: float) -> None:
+def test_components(whiten: float) -> None:
     """Against the eigenvectors of the covariance of all images and their mirror images."""
-    prepare, sample = components(script, 400, whiten)
+    prepare, sample = components(400, whiten)
     x = torch.cat([sample, sample.flip(3)]).flatten(1)
     mean = x.mean(0)
     variance, _ = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     variance = variance.flip(0)[:20]
 
-    z = prepare(x.float()).double()  # type: ignore[operator]
+    z = prepare(x.float()).double()
     expected = variance ** (1 - whiten)
     covariance = z.T @ z / len(z)
     # Images are measured in float32, with sums over 800 of them.
@@ -157,44 +132,44 @@ def test_components(script: ModuleType, whiten: float) -> None:
         covariance, torch.diag(expected / expected.mean()), rtol=1e-4, atol=1e-4
     )
     assert z.mean(0).abs().max() < 1e-4
-    directions = torch.nn.functional.normalize(prepare.matrix.double(), dim=0)  # type: ignore[attr-defined]
+    directions = torch.nn.functional.normalize(prepare.matrix.double(), dim=0)
     torch.testing.assert_close(directions.T @ directions, torch.eye(20).double(), rtol=0, atol=1e-4)
 
 
-def test_components_give_what_the_loader_gives(script: ModuleType) -> None:
-    prepare, _ = components(script, 100, 0.5)
-    again = BatchLoader(prepare.batches.dataset, 32)  # type: ignore[attr-defined]
+def test_components_give_what_the_loader_gives() -> None:
+    prepare, _ = components(100, 0.5)
+    again = BatchLoader(prepare.batches.dataset, 32)
     batches = list(prepare)  # type: ignore[call-overload]
     assert len(prepare) == len(batches) == 4  # type: ignore[arg-type]
     for (z, target), (x, same) in zip(batches, again, strict=True):
         assert torch.equal(target, same)
-        assert torch.equal(z, prepare(x))  # type: ignore[operator]
+        assert torch.equal(z, prepare(x))
 
 
-def test_fewer_images_than_components(script: ModuleType) -> None:
-    prepare, _ = components(script, 4, 1.0)
-    assert all(z.isfinite().all() for z, _ in prepare)  # type: ignore[attr-defined]
+def test_fewer_images_than_components() -> None:
+    prepare, _ = components(4, 1.0)
+    assert all(z.isfinite().all() for z, _ in prepare)
 
 
-def test_evaluate(script: ModuleType) -> None:
+def test_evaluate() -> None:
     """The views, each computed on its own with another way of shifting."""
-    prepare, _ = components(script, 100, 0.5)
+    prepare, _ = components(100, 0.5)
     model = torchbp.nn.MLP([20, 10])
-    test = torch.utils.data.TensorDataset(torch.arange(1000))
-    test.images, test.targets = images(1000).images, torch.arange(1000) % 10  # type: ignore[attr-defined]
-    loader = prepare.batches  # type: ignore[attr-defined]
+    test = ImageDataset()
+    test.images, test.targets = images(1000).images, torch.arange(1000) % 10
+    loader = prepare.batches
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loader.mean, loader.std))
-    x = (test.images / 255 - mean) / std  # type: ignore[attr-defined]
+    x = (test.images / 255 - mean) / std
     total = torch.zeros(1000, 10)
     for axis, step, weight in ((2, 0, 2), (2, 1, 1), (2, -1, 1), (3, 1, 1), (3, -1, 1)):
         view = x.roll(step, axis)
         if step:
             view.select(axis, 0 if step > 0 else 7).zero_()
         for both in (view, view.flip(3)):
-            total += weight * model(prepare(both.flatten(1))).softmax(1).log()  # type: ignore[operator]
-    plain = model(prepare(x.flatten(1)))  # type: ignore[operator]
-    expected = [float((p.argmax(1) == test.targets).float().mean()) for p in (plain, total)]  # type: ignore[attr-defined]
-    assert script.evaluate(model, prepare, test) == pytest.approx([100 * e for e in expected])
+            total += weight * model(prepare(both.flatten(1))).softmax(1).log()
+    plain = model(prepare(x.flatten(1)))
+    expected = [float((p.argmax(1) == test.targets).float().mean()) for p in (plain, total)]
+    assert speedrun.evaluate(model, prepare, test) == pytest.approx([100 * e for e in expected])
 
 
 BAD_FLAGS = {
@@ -208,28 +183,26 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags(script: ModuleType, capsys: pytest.CaptureFixture[str], flags: str) -> None:
+def test_bad_flags(capsys: pytest.CaptureFixture[str], flags: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        script.main(flags.split())
+        speedrun.main(flags.split())
     output, errors = capsys.readouterr()
     assert (stop.value.code, output) == (2, "")
     assert BAD_FLAGS[flags] in errors.splitlines()[-1]
 
 
-def test_missing_data_is_one_line(
-    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert script.main(["--data-dir", str(tmp_path / "nowhere")]) == 2
+def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speedrun.main(["--data-dir", str(tmp_path / "nowhere")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("speedrun.py: error: ")
     assert "nowhere" in line
 
 
 def test_a_file_that_cannot_be_written_is_one_line_after_the_table(
-    data: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data-dir", str(data), "--seeds", "1", "--epochs", "1"]
-    assert script.main([*flags, "--json", str(tmp_path / "no" / "file")]) == 2
+    assert speedrun.main([*flags, "--json", str(tmp_path / "no" / "file")]) == 2
     output, errors = capsys.readouterr()
     assert "goal 60 %" in output
     (line,) = errors.splitlines()
@@ -238,19 +211,17 @@ def test_a_file_that_cannot_be_written_is_one_line_after_the_table(
 
 def test_a_loss_that_is_not_finite_is_one_line(
     data: Path,
-    script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(script.RECIPES, 60, script.replace(script.RECIPES[60], lr=math.inf))
-    assert script.main(["--data-dir", str(data)]) == 1
+    monkeypatch.setitem(speedrun.RECIPES, 60, replace(speedrun.RECIPES[60], lr=math.inf))
+    assert speedrun.main(["--data-dir", str(data)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "speedrun.py: error: seed 0, epoch 1: the loss is nan"
 
 
 def test_ctrl_c_ends_with_the_runs_that_there_are(
     data: Path,
-    script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -261,20 +232,18 @@ def test_ctrl_c_ends_with_the_runs_that_there_are(
             return result
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "train", lambda *arguments: (None, None))
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    assert script.main(["--data-dir", str(data)]) == 0
+    monkeypatch.setattr(speedrun, "train", lambda *arguments: (None, None))
+    monkeypatch.setattr(speedrun, "evaluate", evaluate)
+    assert speedrun.main(["--data-dir", str(data)]) == 0
     assert "62.00 %" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
-        script.main(["--data-dir", str(data)])
+        speedrun.main(["--data-dir", str(data)])
 
 
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no CIFAR-10")
-def test_the_real_images(
-    tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # whole files, the real recipe
     file = tmp_path / "runs.json"
     flags = ["--data-dir", os.environ["CIFAR10_ROOT"], "--epochs", "1", "--seeds", "1"]
-    assert script.main([*flags, "--json", str(file)]) == 0
+    assert speedrun.main([*flags, "--json", str(file)]) == 0
     assert json.loads(file.read_text())["mean"]["accuracy"] > 48  # measured: 50.2

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -22,8 +20,10 @@ import torch
 import torchbp
 import torchbp.data.cifar10
 import torchbp.train
+from scripts import train_cifar10
+from tests.scripts.cifar import write_cifar
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_cifar10.py"
+SCRIPT = Path(train_cifar10.__file__)
 IMAGES = 60  # in each of the six files, in place of 10,000
 LAST_LINE = re.compile(r"test accuracy \d{1,3}\.\d\d %")
 FIGURES = {"curves.png", "templates.png", "confusion.png"}
@@ -41,31 +41,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in which each class is a little brighter in rows of its own."""
-    root = tmp_path_factory.mktemp("data")
-    folder = root / "cifar-10-batches-bin"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        labels = np.arange(IMAGES) % 10
-        images = random.integers(0, 200, (IMAGES, 3, 32, 32))
-        for image, label in zip(images, labels, strict=True):
-            image[:, 3 * label : 3 * label + 3] += 50
-        records = np.concatenate([labels[:, None], images.reshape(IMAGES, 3072)], axis=1)
-        (folder / f"{name}.bin").write_bytes(records.astype(np.uint8).tobytes())
-    names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
-    (folder / "batches.meta.txt").write_text(names)
-    return root
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_cifar10", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return write_cifar(tmp_path_factory.mktemp("data"), IMAGES, contrast=50)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +54,9 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def start(*flags: str) -> subprocess.Popen[str]:
     """The script in a process of its own, on the small files."""
     code = (
-        "import runpy, sys, torchbp.data.cifar10 as cifar10\n"
+        "import runpy, signal, sys, torchbp.data.cifar10 as cifar10\n"
+        # Where the tests run in the background, SIGINT may be ignored, and that is inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cifar10.IMAGES_PER_FILE = {IMAGES}\n"
         f"sys.argv[0] = {str(SCRIPT)!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -93,8 +71,6 @@ def start(*flags: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # Where the tests run in the background, SIGINT may be ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -148,7 +124,7 @@ def test_a_run(data: Path, tmp_path: Path, kind: list[str]) -> None:
 
 
 def test_ctrl_c_ends_with_what_there_is(
-    data: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data-dir", str(data), "--epochs", "1000000", "--output", str(tmp_path)]
     process = start(*SMALL, "--baseline", *flags)
@@ -168,13 +144,13 @@ def test_ctrl_c_ends_with_what_there_is(
     check_files(folder, epochs)
 
     # and such a run can go on
-    assert script.main(["--resume", str(folder), "--epochs", str(epochs + 1)]) == 0
+    assert train_cifar10.main(["--resume", str(folder), "--epochs", str(epochs + 1)]) == 0
     check_files(folder, epochs + 1)
     assert LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_ctrl_c_in_the_first_epoch(
-    data: Path, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
@@ -182,19 +158,19 @@ def test_ctrl_c_in_the_first_epoch(
     flags = ["--data-dir", str(data), "--epochs", "1", "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(torchbp.train.Log, "batch", interrupt)
-        assert script.main([*SMALL, "--baseline", *flags]) == 130
+        assert train_cifar10.main([*SMALL, "--baseline", *flags]) == 130
     folder = only(tmp_path)
     assert {file.name for file in folder.iterdir()} == FILES - {"curves.png", "best.safetensors"}
-    assert script.main(["--resume", str(folder)]) == 0
+    assert train_cifar10.main(["--resume", str(folder)]) == 0
     check_files(folder, epochs=1)
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(
-    data: Path, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [*SMALL, "--dropout", "0.2", "--epochs", "4", "--no-plots"]
     flags += ["--data-dir", str(data), "--output"]
-    assert script.main([*flags, str(tmp_path / "whole")]) == 0
+    assert train_cifar10.main([*flags, str(tmp_path / "whole")]) == 0
 
     batch = torchbp.train.Log.batch
 
@@ -205,79 +181,74 @@ def test_resumed_equals_uninterrupted_to_the_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(torchbp.train.Log, "batch", interrupt)
-        assert script.main([*flags, str(tmp_path / "parts")]) == 130
+        assert train_cifar10.main([*flags, str(tmp_path / "parts")]) == 130
     whole, parts = only(tmp_path / "whole"), only(tmp_path / "parts")
     assert len(rows(parts)) == 2
     torch.manual_seed(999)
-    assert script.main(["--resume", str(parts)]) == 0
+    assert train_cifar10.main(["--resume", str(parts)]) == 0
     assert without_times(rows(parts)) == without_times(rows(whole))
     weights = [(run / "model.safetensors").read_bytes() for run in (parts, whole)]
     assert weights[0] == weights[1]
 
 
-def test_a_seed_gives_the_same_run_and_another_seed_another(
-    data: Path, tmp_path: Path, script: ModuleType
-) -> None:
+def test_a_seed_gives_the_same_run_and_another_seed_another(data: Path, tmp_path: Path) -> None:
     weights = []
     for run, seed in enumerate(["3", "3", "4"]):
         flags = ["--data-dir", str(data), "--output", str(tmp_path / str(run)), "--seed", seed]
         flags += ["--epochs", "1", "--dropout", "0.2", "--no-plots"]
-        assert script.main([*SMALL, "--baseline", *flags]) == 0
+        assert train_cifar10.main([*SMALL, "--baseline", *flags]) == 0
         weights.append((only(tmp_path / str(run)) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_baseline_is_the_same_run(data: Path, tmp_path: Path, script: ModuleType) -> None:
+def test_baseline_is_the_same_run(data: Path, tmp_path: Path) -> None:
     """Both start from the same weights and see the same batches: they differ in rounding alone."""
     history = []
     for kind in ("--baseline", "--no-baseline"):
         flags = ["--data-dir", str(data), "--output", str(tmp_path / kind), "--epochs", "2"]
-        assert script.main([*SMALL, kind, "--no-plots", "--label-smoothing", "0.1", *flags]) == 0
+        run = [*SMALL, kind, "--no-plots", "--label-smoothing", "0.1", *flags]
+        assert train_cifar10.main(run) == 0
         history.append(rows(only(tmp_path / kind)))
     for ours, theirs in zip(*map(without_times, history), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_flags_reach_the_loaders(data: Path, script: ModuleType) -> None:
+def test_flags_reach_the_loaders(data: Path) -> None:
     flags = ["--data-dir", str(data), "--no-flip", "-b", "7", "--seed", "3"]
-    train, test, classes = script.load_data(script.parse(flags))
+    train, test, classes = train_cifar10.load_data(train_cifar10.parse(flags))
     assert (train.batch_size, train.flip, train.seed, train.shuffle) == (7, False, 3, True)
     assert (test.flip, test.shuffle) == (False, False)
     assert (test.mean, test.std) == (train.mean, train.std)
-    assert script.load_data(script.parse(flags[:2]))[0].flip
+    assert train_cifar10.load_data(train_cifar10.parse(flags[:2]))[0].flip
     assert classes[0] == "airplane"
 
 
-def test_it_learns(data: Path, tmp_path: Path, script: ModuleType) -> None:
+def test_it_learns(data: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", str(data), "--output", str(tmp_path), "--epochs", "15", "--no-plots"]
     flags += ["--hidden", "32", "-b", "20", "--no-flip", "--lr", "0.01"]
-    assert script.main(flags) == 0
+    assert train_cifar10.main(flags) == 0
     assert rows(only(tmp_path))[-1]["test_accuracy"] > 60  # chance: 10
 
 
-def test_no_hidden_layer_is_a_linear_classifier(
-    data: Path, tmp_path: Path, script: ModuleType
-) -> None:
+def test_no_hidden_layer_is_a_linear_classifier(data: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", str(data), "--output", str(tmp_path), "--epochs", "1"]
-    assert script.main(["--hidden", *flags]) == 0
+    assert train_cifar10.main(["--hidden", *flags]) == 0
     folder = only(tmp_path)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert {tuple(weight.shape) for weight in weights.values()} == {(10, 3072), (10,)}
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "elu", "sigmoid", "tanh"])
-def test_other_settings(data: Path, tmp_path: Path, script: ModuleType, activation: str) -> None:
+def test_other_settings(data: Path, tmp_path: Path, activation: str) -> None:
     flags = ["--data-dir", str(data), "--output", str(tmp_path), "--epochs", "1", "--no-plots"]
     flags += ["--activation", activation, "--momentum", "0", "--dropout", "0.1", "--amp"]
-    assert script.main([*SMALL, *flags]) == 0
+    assert train_cifar10.main([*SMALL, *flags]) == 0
     assert activation in only(tmp_path).name
 
 
-def test_best_is_the_epoch_of_the_best_accuracy(
-    data: Path, tmp_path: Path, script: ModuleType
-) -> None:
+def test_best_is_the_epoch_of_the_best_accuracy(data: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", str(data), "--output", str(tmp_path), "--epochs", "5", "--no-plots"]
-    assert script.main([*SMALL, "--baseline", *flags]) == 0
+    assert train_cifar10.main([*SMALL, "--baseline", *flags]) == 0
     folder = only(tmp_path)
     accuracy = [row["test_accuracy"] for row in rows(folder)]
     with safetensors.safe_open(folder / "best.safetensors", framework="pt") as file:  # type: ignore[no-untyped-call]
@@ -286,20 +257,20 @@ def test_best_is_the_epoch_of_the_best_accuracy(
 
 
 def test_runs_of_the_same_second_do_not_share_a_folder(
-    data: Path, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script.time, "strftime", lambda form: "20230101-000000-")
-    args = script.parse(["--output", str(tmp_path)])
-    names = [script.new_folder(args).name for _ in range(3)]
+    monkeypatch.setattr(time, "strftime", lambda form: "20230101-000000-")
+    args = train_cifar10.parse(["--output", str(tmp_path)])
+    names = [train_cifar10.new_folder(args).name for _ in range(3)]
     name = "20230101-000000-synthetic-mlp-512-256-relu"
     assert names == [name, f"{name}.2", f"{name}.3"]
 
 
 def test_a_loss_that_is_not_finite_is_one_line(
-    data: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data-dir", str(data), "--output", str(tmp_path), "--lr", "1e30", "--baseline"]
-    assert script.main([*SMALL, *flags]) == 1
+    assert train_cifar10.main([*SMALL, *flags]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"train_cifar10\.py: error: epoch \d+: the loss is (nan|inf): try .* learning rate", line
@@ -333,11 +304,9 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_a_bad_flag_is_one_line(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], flags: str
-) -> None:
+def test_a_bad_flag_is_one_line(capsys: pytest.CaptureFixture[str], flags: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        script.main(flags.split())
+        train_cifar10.main(flags.split())
     output, errors = capsys.readouterr()
     assert (stop.value.code, output) == (2, "")
     (line,) = errors.splitlines()
@@ -345,11 +314,9 @@ def test_a_bad_flag_is_one_line(
     assert BAD_FLAGS[flags] in line
 
 
-def test_missing_data_is_one_line(
-    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data-dir", str(tmp_path / "nowhere"), "--output", str(tmp_path / "runs")]
-    assert script.main(flags) == 2
+    assert train_cifar10.main(flags) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     (line,) = errors.splitlines()
@@ -359,22 +326,22 @@ def test_missing_data_is_one_line(
 
 
 def test_an_output_that_cannot_be_written_is_one_line(
-    data: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     flags = ["--data-dir", str(data), "--output", str(tmp_path / "file"), "--baseline"]
-    assert script.main([*SMALL, *flags]) == 2
+    assert train_cifar10.main([*SMALL, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Path:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     flags = ["--data-dir", str(data), "--output", str(folder), "--epochs", "1", "--no-plots"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
-        assert script.main([*SMALL, "--baseline", *flags]) == 0
+        assert train_cifar10.main([*SMALL, "--baseline", *flags]) == 0
     return only(folder)
 
 
@@ -388,13 +355,12 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory, script: Modul
 )
 def test_resume_does_not_change_the_run(
     finished: Path,
-    script: ModuleType,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     message: str,
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        script.main(["--resume", str(finished), *flags])
+        train_cifar10.main(["--resume", str(finished), *flags])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -402,31 +368,29 @@ def test_resume_does_not_change_the_run(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"lr": "fast"}', '{"nonsense": 1}'])
 def test_resume_checks_args_json(
-    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str], text: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     (tmp_path / "args.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        script.main(["--resume", str(tmp_path)])
+        train_cifar10.main(["--resume", str(tmp_path)])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_resume_refuses_a_damaged_checkpoint(
-    finished: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
     (tmp_path / "last.safetensors").write_bytes(b"damaged")
-    assert script.main(["--resume", str(tmp_path)]) == 2
+    assert train_cifar10.main(["--resume", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "last.safetensors is damaged or no checkpoint" in line
 
 
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no CIFAR-10")
-def test_the_real_images(
-    tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # whole files
     flags = ["--data-dir", os.environ["CIFAR10_ROOT"], "--epochs", "1", "--output", str(tmp_path)]
-    assert script.main([*flags, "--no-plots"]) == 0
+    assert train_cifar10.main([*flags, "--no-plots"]) == 0
     (row,) = rows(only(tmp_path))
     assert row["test_accuracy"] > 46  # measured: 49.5; a linear classifier gets 40

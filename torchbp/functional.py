@@ -372,8 +372,10 @@ def mlp(
             raise TypeError(
                 f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}"
             )
-    x, *parameters = _autocast(x, *weights, *biases)
-    y: Tensor = call(functions.MLP, x, len(weights), activation, *parameters)[0]
+    if any_autocast():
+        x, *parameters = _autocast(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    y: Tensor = call(functions.MLP, x, len(weights), activation, *weights, *biases)[0]
     return y
 
 

@@ -2,7 +2,8 @@
 
 Each gets a fake kernel (shapes, dtypes and strides without data, for torch.compile and
 torch.export), a vmap rule, and autograd: called on tensors that require grad, an operation runs
-through its Function; one that has none (the fused backward kernels) refuses.
+through its Function; one that has none (the fused backward kernels) refuses. Its twin in
+torch.ops.torchbp_kernels, which the Functions call, gets the fake kernel and no autograd.
 """
 
 from __future__ import annotations
@@ -331,6 +332,7 @@ def _register(
         torch.library.register_fake(f"{library.ns}::{name}", checked, lib=library)
     torch.library.register_vmap(f"torchbp::{name}", batch, lib=_library)
     _library.impl(name, autograd, "Autograd")
+    _kernels.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _gradient_of(name: str) -> Callable[..., Any]:

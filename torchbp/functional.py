@@ -64,6 +64,8 @@ def _autocast(*values: Any) -> tuple[Any, ...]:
 
 def _promote(a: Any, b: Any) -> tuple[Any, Any]:
     """Under autocast, two inputs of different dtypes become the wider one."""
+    if not any_autocast():
+        return a, b
     if _autocast_dtype(a) is None or not isinstance(b, Tensor) or a.dtype == b.dtype:
         return a, b
     if not (a.is_floating_point() and b.is_floating_point()):

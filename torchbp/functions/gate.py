@@ -236,7 +236,7 @@ class Gate(Function):
             missing = cls._inputs - len(args)
             if missing > 0:
                 args += cls._defaults[len(cls._defaults) - missing :]
-            if _grad_enabled() or forward_ad._current_level >= 0:
+            if forward_ad._current_level >= 0 or (_grad_enabled() and _requires_grad(args)):
                 return cls._record(*args)
             return cls.forward(*args)
         except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
@@ -255,13 +255,16 @@ def call(function: type[Gate], *inputs: Any) -> Any:
         function.check(*inputs)
         if _functorch_active():
             return function.formula(*inputs)
-        if not (torch.is_grad_enabled() and any(_requires_grad(value) for value in inputs)):
+        if not (torch.is_grad_enabled() and _requires_grad(inputs)):
             return function.forward(*inputs)
     return function.apply(*inputs)
 
 
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _requires_grad(inputs: tuple[Any, ...]) -> bool:
+    for value in inputs:  # noqa: SIM110 (a generator costs a microsecond)
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 def second_order(
@@ -353,15 +356,14 @@ class TwoInputs:
         self, needs: tuple[bool, bool], dy: Tensor, a: Tensor, b: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """(da, db), None where not needed: by kernel, or from the row's text if differentiated."""
+        need_a, need_b = needs
         if fast_backward(dy):
-            if all(needs):
+            if need_a and need_b:
                 return self.both(dy, a, b)
-            return tuple(  # type: ignore[return-value]
-                kernel(dy, a, b) if need else None
-                for kernel, need in zip(self.one, needs, strict=True)
-            )
-        da = sum_to(self.row.evaluate("da", dy=dy, a=a, b=b), a.shape) if needs[0] else None
-        db = sum_to(self.row.evaluate("db", dy=dy, a=a, b=b), b.shape) if needs[1] else None
+            one_a, one_b = self.one
+            return one_a(dy, a, b) if need_a else None, one_b(dy, a, b) if need_b else None
+        da = sum_to(self.row.evaluate("da", dy=dy, a=a, b=b), a.shape) if need_a else None
+        db = sum_to(self.row.evaluate("db", dy=dy, a=a, b=b), b.shape) if need_b else None
         return da, db
 
     def jvp(self, inputs: tuple[Tensor, Tensor], a_t: Tensor | None, b_t: Tensor | None) -> Tensor:

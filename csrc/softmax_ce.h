@@ -46,17 +46,19 @@ struct Row {
   TORCHBP_INLINE C w(int64_t c) const { return weight ? load(weight[c]) : C(1); }
   TORCHBP_INLINE C soft(int64_t c) const { return a.soft ? keep * load(q[c]) + smooth_each : smooth_each; }
 
-  // What a row that is neither ignored nor out of range loses and counts. All threads of the group call this.
+  // What a row that is neither ignored nor out of range loses and counts, with lse = shift + log_sum: the shift is an x
+  // itself, so that no digit of a difference of large x is lost. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void loss(const Group& group, C lse, C& loss, C& count) const {
+  TORCHBP_INLINE void loss(const Group& group, C shift, C log_sum, C& loss, C& count) const {
+    const auto below = [&](int64_t c) { return (shift - load(x[c])) + log_sum; };
     loss = 0;
     count = a.classes > 0 ? 1 : 0;  // a mean over no classes is 0 / 0, as in PyTorch
     if (has_soft()) {
-      loss = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * (lse - load(x[c])); }));
+      loss = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * below(c); }));
     }
     if (!a.soft) {
       count = w(target);
-      loss += keep * count * (lse - load(x[target]));
+      loss += keep * count * below(target);
     }
   }
 
@@ -71,6 +73,7 @@ struct Row {
   template <class Group>
   TORCHBP_INLINE C mass(const Group& group) const {
     if (!has_soft()) return onehot();
+    if (!a.soft && !weight) return static_cast<C>(a.label_smoothing) + keep;
     return static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot();
   }
 

@@ -147,33 +147,37 @@ struct Lanes {
     if (a.soft)
       to_lanes<kLanes, kMost>(static_cast<const T*>(a.probabilities) + first * a.classes, rows, a.classes,
                               wq->numbers());
-    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS {
-        wq[c].part[i] = w(c) * ((a.soft ? keep * wq[c].part[i] : Part{}) + smooth_each);
-        mass.part[i] += wq[c].part[i];
-      }
+    for (int64_t c = 0; c < a.classes; ++c)
+      TORCHBP_PARTS wq[c].part[i] = w(c) * ((a.soft ? keep * wq[c].part[i] : Part{}) + smooth_each);
+    add_over_classes(mass, [&](int64_t c, int i) -> Part { return wq[c].part[i]; });
+  }
+
+  // total += the sum of term(c, i), part i of a class. In blocks: one running sum over a hundred classes would lose two
+  // digits.
+  template <class F>
+  TORCHBP_INLINE void add_over_classes(Vector& total, const F& term) const {
+    for (int64_t first = 0; first < a.classes; first += 8) {
+      Vector block{};
+      for (int64_t c = first; c < std::min(first + 8, a.classes); ++c) TORCHBP_PARTS block.part[i] += term(c, i);
+      TORCHBP_PARTS total.part[i] += block.part[i];
+    }
   }
 
   // p = exp(x - shift) with shift the largest x of each row.
   TORCHBP_INLINE void exponentials() {
-    Vector most = x[0], total{};
+    Vector most = x[0];
     for (int64_t c = 1; c < a.classes; ++c)
       TORCHBP_PARTS most.part[i] = x[c].part[i] > most.part[i] ? x[c].part[i] : most.part[i];
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     TORCHBP_PARTS shift.part[i] = most.part[i] == -std::numeric_limits<C>::infinity() ? Part{} : most.part[i];
     for (int64_t c = 0; c < a.classes; ++c)
       for (int k = 0; k < kLanes; ++k) p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
-    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS total.part[i] += p[c].part[i];
-    sum = total;
-    for (int k = 0; k < kLanes; ++k) log_sum.numbers()[k] = log(sum.numbers()[k]);
+    sum = Vector{};
+    add_over_classes(sum, [&](int64_t c, int i) -> Part { return p[c].part[i]; });
   }
 
-  // p = exp(x - lse), whose sum is 1.
-  TORCHBP_INLINE void probabilities() {
-    const C* const lse = static_cast<const C*>(a.lse) + first;
-    for (int k = 0; k < kLanes; ++k) shift.numbers()[k] = k < rows ? lse[k] : C(0);
-    for (int64_t c = 0; c < a.classes; ++c)
-      for (int k = 0; k < kLanes; ++k) p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
-    TORCHBP_PARTS sum.part[i] = Part{} + 1;
+  TORCHBP_INLINE void logarithms() {
+    for (int k = 0; k < kLanes; ++k) log_sum.numbers()[k] = log(sum.numbers()[k]);
   }
 
   TORCHBP_INLINE void write_loss(Vector& lost) const { store_n(static_cast<T*>(a.loss) + first, lost.numbers(), rows); }
@@ -188,8 +192,9 @@ struct Lanes {
     TORCHBP_PARTS lost.part[i] = onehot.part[i] * ((shift.part[i] - x_target.part[i]) + log_sum.part[i]);
     if (a.soft) lost = Vector{};
     if (has_soft)
-      for (int64_t c = 0; c < a.classes; ++c)
-        TORCHBP_PARTS lost.part[i] += wq[c].part[i] * ((shift.part[i] - x[c].part[i]) + log_sum.part[i]);
+      add_over_classes(lost, [&](int64_t c, int i) -> Part {
+        return wq[c].part[i] * ((shift.part[i] - x[c].part[i]) + log_sum.part[i]);
+      });
     TORCHBP_PARTS lost.part[i] = counts[i] ? lost.part[i] : Part{};
   }
 

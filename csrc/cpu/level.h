@@ -103,6 +103,7 @@ double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += Lanes::lanes) {
     block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
     block.exponentials();
+    block.logarithms();
     block.loss(lost);
     for (int k = 0; k < Lanes::lanes; ++k) sums[k] += lost.numbers()[k];
     if (a.loss) block.write_loss(lost);
@@ -119,7 +120,7 @@ void few_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   Lanes block(a);
   for (int64_t i = begin; i < end; i += Lanes::lanes) {
     block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
-    block.probabilities();
+    block.exponentials();
     block.gradient();
   }
 }
@@ -134,13 +135,12 @@ double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
     C shift, lost = 0, counted = 0;
     double total;
     many.softmax(row.x, shift, total);
-    const C lse = shift + log(static_cast<C>(total));
-    const bool one = a.classes <= many.piece.size;
-    if (a.grad_input) many.gradient(row, one ? shift : lse, one ? static_cast<C>(1 / total) : C(1), one);
-    if (!row.ignored()) row.loss(OneThread(), lse, lost, counted);
+    const C log_sum = log(static_cast<C>(total));
+    if (a.grad_input) many.gradient(row, shift, total);
+    if (!row.ignored()) row.loss(OneThread(), shift, log_sum, lost, counted);
     sum += lost;
     if (a.loss) store(static_cast<T*>(a.loss) + i, lost);
-    if (a.lse) static_cast<C*>(a.lse)[i] = lse;
+    if (a.lse) static_cast<C*>(a.lse)[i] = shift + log_sum;
   }
   return sum;
 }
@@ -148,7 +148,13 @@ double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
 template <class T>
 void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   ManyClasses<T> many(a);
-  for (int64_t i = begin; i < end; ++i) many.gradient(Row<T>(a, i), static_cast<const Compute<T>*>(a.lse)[i], 1, false);
+  for (int64_t i = begin; i < end; ++i) {
+    const Row<T> row(a, i);
+    Compute<T> shift;
+    double total;
+    many.softmax(row.x, shift, total);
+    many.gradient(row, shift, total);
+  }
 }
 
 // Blocks that fit in L1: the fewer classes, the more rows, so that each step has several vectors to work on.

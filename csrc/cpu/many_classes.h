@@ -16,7 +16,7 @@ struct OneThread {
   template <class F>
   TORCHBP_INLINE double sum_of(int64_t n, const F& term) const {
     using C = decltype(term(0));
-    constexpr int64_t lanes = 16, block = 64 * lanes;
+    constexpr int64_t lanes = 16, block = 16 * lanes;
     double sum = 0;
     for (int64_t begin = 0; begin < n; begin += block) {
       const int64_t end = std::min(n, begin + block), whole = begin + (end - begin) / lanes * lanes;
@@ -113,14 +113,15 @@ struct ManyClasses {
     });
   }
 
-  // The gradient of the logits, p = factor * exp(x - shift); `ready` if the piece holds the exponentials already.
-  TORCHBP_INLINE void gradient(const Row<T>& row, C shift, C factor, bool ready) {
+  // The gradient of the logits, after softmax() of that row.
+  TORCHBP_INLINE void gradient(const Row<T>& row, C shift, double sum) {
+    const bool ready = a.classes <= piece.size;
     T* const dx = static_cast<T*>(a.grad_input) + row.i * a.classes;
     if (row.ignored() || !row.in_range()) {
       std::fill_n(dx, a.classes, T(0));
       return;
     }
-    const C g = row.upstream(), hot = g * row.onehot(), scale = g * row.mass(OneThread()) * factor;
+    const C g = row.upstream(), hot = g * row.onehot(), scale = g * row.mass(OneThread()) * static_cast<C>(1 / sum);
     for_pieces([&](int64_t first, int64_t n) {
       if (!ready) {
         piece.read(row.x + first, n);

@@ -74,14 +74,15 @@ __device__ __forceinline__ void for_rows(int64_t n, const F& f) {
 
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
-// log sum exp of a row in one pass over memory (Milakov and Gimelshein 2018): the sum so far is kept relative to the
+// log sum exp of a row = shift + log_sum, in one pass over memory (Milakov and Gimelshein 2018): the sum so far is kept relative to the
 // largest so far. A row of only -inf has no softmax and gives -inf, one that holds nan or +inf gives nan.
 template <class Group, class T>
-__device__ __forceinline__ Compute<T> log_sum_exp(const Group& group, const T* x, int64_t classes) {
+__device__ __forceinline__ void log_sum_exp(const Group& group, const T* x, int64_t classes, Compute<T>& shift,
+                                            Compute<T>& log_sum) {
   using C = Compute<T>;
   constexpr int unroll = 4;  // elements that are read, and rescaled for, together
   constexpr C least = -std::numeric_limits<C>::infinity();
-  const auto shift = [](C most) { return most == least ? C(0) : most; };
+  const auto shift_of = [](C most) { return most == least ? C(0) : most; };
   C most = least, sum = 0;
   for (int64_t c = group.rank; c < classes; c += unroll * Group::size) {
     C v[unroll], higher = most;
@@ -90,13 +91,14 @@ __device__ __forceinline__ Compute<T> log_sum_exp(const Group& group, const T* x
       v[u] = c + u * Group::size < classes ? load(x[c + u * Group::size]) : least;
       higher = v[u] > higher ? v[u] : higher;
     }
-    sum *= exp(most - shift(higher));
+    sum *= exp(most - shift_of(higher));
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) sum += exp(v[u] - shift(higher));
+    for (int u = 0; u < unroll; ++u) sum += exp(v[u] - shift_of(higher));
     most = higher;
   }
   const C all = group.max(most);
-  return shift(all) + log(group.sum(sum * exp(most - shift(all))));
+  shift = shift_of(all);
+  log_sum = log(group.sum(sum * exp(most - shift)));
 }
 
 // row_loss and row_weight of each row; `loss`, if given, receives the rows' losses in the dtype of the input.
@@ -105,15 +107,15 @@ __global__ void __launch_bounds__(kRowThreads<width>) ce_forward(const __grid_co
   using C = Compute<T>;
   for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) {
     const Row<T> row(a, i);
-    const C lse = log_sum_exp(group, row.x, a.classes);
-    C lost = 0, counted = 0;
-    if (!row.ignored() && row.in_range()) row.loss(group, lse, lost, counted);
+    C shift, log_sum, lost = 0, counted = 0;
+    log_sum_exp(group, row.x, a.classes, shift, log_sum);
+    if (!row.ignored() && row.in_range()) row.loss(group, shift, log_sum, lost, counted);
     if (group.rank != 0) return;
     if (!row.ignored() && !row.in_range()) {
       lost = std::numeric_limits<C>::quiet_NaN();
       if (a.bad_row) atomicMin(reinterpret_cast<long long*>(a.bad_row), static_cast<long long>(i));
     }
-    static_cast<C*>(a.lse)[i] = lse;
+    static_cast<C*>(a.lse)[i] = shift + log_sum;
     static_cast<C*>(a.row_loss)[i] = lost;
     static_cast<C*>(a.row_weight)[i] = counted;
     if (loss) store(loss + i, lost);

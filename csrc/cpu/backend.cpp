@@ -1,8 +1,6 @@
 // The CPU backend: picks the SIMD level, walks strided shapes, and splits work among threads.
 #include "backend.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -16,6 +14,7 @@
 
 #include "../check.h"
 #include "levels.h"
+#include "threads.h"
 
 namespace torchbp {
 namespace {
@@ -37,15 +36,6 @@ const Level& detect_level() {
 
 // PyTorch's own grain: below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
-
-template <class F>
-void parallel(int64_t n, int64_t grain, const F& f) {
-  if (n <= 0) return;
-  if (n <= grain)
-    f(int64_t(0), n);
-  else
-    torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
-}
 
 // Rows per thread so that a thread's piece holds about kGrain elements.
 int64_t row_grain(int64_t row_size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(row_size, 1)); }
@@ -102,7 +92,7 @@ template <class F>
 double blocked_sum(int64_t n, const F& sum_of_range) {
   if (n <= kGrain) return sum_of_range(0, n);
   std::vector<double> partial((n + kGrain - 1) / kGrain);
-  parallel(static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
+  for_ranges(static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) partial[b] = sum_of_range(b * kGrain, std::min(n, (b + 1) * kGrain));
   });
   double sum = 0;
@@ -131,7 +121,7 @@ void Cpu::elementwise(Kernel kernel, const Loop& loop) {
   const Arity arity = kArity[static_cast<int>(kernel)];
   for (int k = 0; k < arity.outputs; ++k)
     expect_large(loop.data[k], loop.numel * element_size(dtype_index(loop.dtype)));
-  parallel(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
+  for_ranges(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
     // The position of `begin`, then run after run along the innermost dimension.
     int64_t position[kMaxDims];
     char* data[kMaxOperands];
@@ -171,7 +161,7 @@ int64_t rows_per_piece(int64_t classes) {
 template <class F>
 void for_pieces(const SoftmaxCE& ce, const F& f) {
   const int64_t rows = rows_per_piece(ce.classes);
-  parallel((ce.n + rows - 1) / rows, 2, [&](int64_t begin, int64_t end) {
+  for_ranges((ce.n + rows - 1) / rows, 2, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) f(piece, piece * rows, std::min(ce.n, (piece + 1) * rows));
   });
 }
@@ -213,13 +203,15 @@ void Cpu::softmax_ce_backward(const SoftmaxCE& ce) {
 }
 
 void Cpu::maxout_forward(const Maxout& maxout) {
-  parallel(maxout.n, row_grain(maxout.pieces * maxout.out),
-           [&](int64_t begin, int64_t end) { level().maxout_forward[dtype_index(maxout.dtype)](maxout, begin, end); });
+  for_ranges(maxout.n, row_grain(maxout.pieces * maxout.out), [&](int64_t begin, int64_t end) {
+    level().maxout_forward[dtype_index(maxout.dtype)](maxout, begin, end);
+  });
 }
 
 void Cpu::maxout_backward(const Maxout& maxout) {
-  parallel(maxout.n, row_grain(maxout.pieces * maxout.out),
-           [&](int64_t begin, int64_t end) { level().maxout_backward[dtype_index(maxout.dtype)](maxout, begin, end); });
+  for_ranges(maxout.n, row_grain(maxout.pieces * maxout.out), [&](int64_t begin, int64_t end) {
+    level().maxout_backward[dtype_index(maxout.dtype)](maxout, begin, end);
+  });
 }
 
 void Cpu::add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t) {
@@ -270,12 +262,12 @@ void Cpu::update(const std::vector<Parameter>& parameters) {
     }
   };
   // Those that share memory are updated in turn, as one after the other would be.
-  parallel(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
+  for_ranges(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
 }
 
 void Cpu::batch(const Batch& batch) {
   const int64_t area = batch.height * batch.width;
-  parallel(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
+  for_ranges(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
     level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
   });

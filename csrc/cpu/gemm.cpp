@@ -1,13 +1,11 @@
-// Threads and memory for gemm.h.
+// The parts and the memory of gemm.h's products.
 #include "gemm.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
 
-#include "backend.h"
+#include "threads.h"
 
 namespace torchbp {
 
@@ -28,20 +26,11 @@ Scratch::~Scratch() { std::free(data); }
 
 namespace {
 
-// Below this many multiplications a second thread costs more than it saves.
-constexpr double kSerial = 1 << 20;
+// Below this many multiplications a second thread costs more than it saves; the latter in a team.
+constexpr double kSerial = 1 << 20, kSerialInTeam = 1 << 17;
 constexpr int64_t kPackedNumbers = 2 << 20;  // of B that are packed together: 8 MiB
 
 thread_local Scratch packed_panels, of_thread;
-
-// Runs f(0), ..., f(n - 1), each on a thread of its own.
-template <class F>
-void on_threads(int64_t n, const F& f) {
-  if (n == 1) return f(0);
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 }  // namespace
 
@@ -50,7 +39,7 @@ void gemm(const Gemm& g) {
   const GemmKernels& kernels = level().gemm;
   const double work =
       static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(std::max<int64_t>(g.k, 1));
-  const int64_t threads = work < kSerial ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = work < (leads_team() ? kSerialInTeam : kSerial) ? 1 : thread_count();
   const bool in_place = kernels.in_place(g);
   int64_t columns = g.n;
   if (!in_place && g.k > 0) {
@@ -63,7 +52,7 @@ void gemm(const Gemm& g) {
     if (!in_place) {
       packed = packed_panels.at_least(static_cast<size_t>(panels * kernels.columns * std::max<int64_t>(g.k, 1)));
       const int64_t parts = std::min(threads, panels);
-      on_threads(parts, [&](int64_t part) {
+      for_parts(parts, [&](int64_t part) {
         kernels.pack(g, j, n, panels * part / parts, panels * (part + 1) / parts, packed);
       });
     }
@@ -75,7 +64,7 @@ void gemm(const Gemm& g) {
       const int64_t part = (rows + kernels.rows - 1) / kernels.rows * kernels.rows * ((panels + a - 1) / a);
       if (part <= least) least = part, down = d, across = a;
     }
-    on_threads(down * across, [&](int64_t part) {
+    for_parts(down * across, [&](int64_t part) {
       const int64_t d = part % down, a = part / down;
       kernels.run(g, j, n, g.m * d / down, g.m * (d + 1) / down, panels * a / across, panels * (a + 1) / across, packed,
                   of_thread);

@@ -15,11 +15,15 @@
 #include "gemm.h"
 #include "images.h"
 #include "network.h"
+#include "threads.h"
 
 namespace torchbp {
 namespace {
 
 constexpr const char* kOp = "trainer";
+
+// Below this many multiplications a call is over before a team would have come together (70 us).
+constexpr double kAlone = 1 << 22;
 
 void check_operand(const char* argument, const Tensor& t, ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), "torchbp::", kOp, ": ", argument,
@@ -105,6 +109,13 @@ public:
         STD_TORCH_CHECK(update_of(rule_, &hyper[at]).momentum == 0, "torchbp::", kOp,
                         ": hyper has a momentum, and state no buffers");
     }
+  }
+
+  // Of a step with n examples, about.
+  double multiplications(int64_t n) const {
+    double sum = 0;
+    for (const Layer& layer : net_.layers) sum += static_cast<double>(layer.in * layer.out);
+    return 3 * sum * static_cast<double>(n);
   }
 
   // To be called before the first of some steps with n examples each. batch: whether batch() is wanted.
@@ -247,9 +258,15 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   const bool each = check_hyper(*trainer, hyper, count);
   if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
-  for (int64_t s = 0; s < count; ++s)
-    floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
-                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+  const auto run = [&] {
+    for (int64_t s = 0; s < count; ++s)
+      floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
+                                           hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+  };
+  if (trainer->multiplications(n) * static_cast<double>(count) < kAlone)
+    run();
+  else
+    on_team(run);
   return losses;
 }
 
@@ -270,20 +287,22 @@ Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::opt
   const int64_t n = all.batch.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
   const bool each = check_hyper(*trainer, hyper, count);
   const Tensor losses = empty({count}, ScalarType::Float, images);
-  for (int64_t s = 0; s < count; ++s) {
-    Batch batch = all.batch;
-    const int64_t begin = s * batch_size;
-    batch.n = std::min(batch_size, n - begin);
-    batch.index += begin;
-    if (batch.flip) batch.flip += begin;
-    if (batch.shift) batch.shift += 2 * begin;
-    if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
-    batch.out = trainer->batch();
-    Cpu::batch(batch);
-    floats_of(losses)[s] =
-        trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
-                      hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
-  }
+  on_team([&] {
+    for (int64_t s = 0; s < count; ++s) {
+      Batch batch = all.batch;
+      const int64_t begin = s * batch_size;
+      batch.n = std::min(batch_size, n - begin);
+      batch.index += begin;
+      if (batch.flip) batch.flip += begin;
+      if (batch.shift) batch.shift += 2 * begin;
+      if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
+      batch.out = trainer->batch();
+      Cpu::batch(batch);
+      floats_of(losses)[s] =
+          trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
+                        hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+    }
+  });
   return losses;
 }
 

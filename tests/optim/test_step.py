@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.compare import assert_same
 from tests.optim.test_optimizers import Calls, calls
 from torchbp import _C, compile_step, nn
 from torchbp.data import BatchLoader
+from torchbp.optim import CompiledStep
 from torchbp.train import load_checkpoint, save_checkpoint
 
 Batch = tuple[Tensor, Tensor]
@@ -495,6 +497,58 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def wide_batches(steps: int) -> tuple[Tensor, Tensor]:
+    """Enough work for a team of threads, in a row of batches."""
+    return torch.randn(steps, 32, 100), torch.randint(0, 10, (steps, 32))
+
+
+def wide_step(start: nn.MLP) -> CompiledStep:
+    model = copy.deepcopy(start)
+    step = compile_step(model, optimizer_of(model))
+    step(torch.ones(32, 100), torch.zeros(32, dtype=torch.int64))  # makes the optimizer's state
+    return step
+
+
+@pytest.mark.parametrize("steps", [1, 25])
+def test_a_team_of_any_size_gives_the_same(threads: Callable[[int], None], steps: int) -> None:
+    start, batch = nn.MLP([100, 160, 160, 10]), wide_batches(steps)
+    results = []
+    for number in (1, 2, 3, 8):
+        threads(number)
+        step = wide_step(start)
+        losses = step.scan(*batch)
+        results.append([losses, *everything(step.model, step.optimizer)])
+    for other in results[1:]:
+        assert_same(results[0], other, rtol=0, atol=0)
+
+
+def test_an_error_dismisses_the_team(threads: Callable[[int], None]) -> None:
+    threads(2)
+    (xs, targets), start = wide_batches(30), nn.MLP([100, 160, 160, 10])
+    step = wide_step(start)
+    step.scan(xs, targets)
+    bad = targets.clone()
+    bad[20, 3] = 10
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="target 10 in row 3 is out of range"):
+            torch.ops.torchbp_trainer.steps(step._trainer, xs, bad, step._hyper())
+    assert step.scan(xs, targets).isfinite().all()
+
+
+def test_two_teams_at_once(threads: Callable[[int], None]) -> None:
+    """Steps release Python's lock: each of two Python threads has a team of its own."""
+    threads(2)
+    (xs, targets), start = wide_batches(40), nn.MLP([100, 160, 160, 10])
+    alone = wide_step(start).scan(xs, targets)
+    steps = [wide_step(start) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for losses in pool.map(lambda step: step.scan(xs, targets), steps):
+            assert torch.equal(losses, alone)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

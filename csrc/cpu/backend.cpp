@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -267,10 +266,8 @@ void Cpu::update(const std::vector<Parameter>& parameters) {
 
 void Cpu::batch(const Batch& batch) {
   const int64_t area = batch.height * batch.width;
-  for_ranges(batch.n, row_grain(batch.channels * area), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[area]);
-    level().batch[dtype_index(batch.dtype)](batch, begin, end, scratch.get());
-  });
+  for_ranges(batch.n, row_grain(batch.channels * area),
+             [&](int64_t begin, int64_t end) { level().batch[dtype_index(batch.dtype)](batch, begin, end); });
 }
 
 }  // namespace torchbp

@@ -6,35 +6,58 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-// `rows` rows of bytes, one after another; a step of -1 mirrors them.
-inline void copy_rows(const uint8_t* from, int64_t row_stride, int64_t step, uint8_t* to, int64_t rows, int64_t width) {
+constexpr int kPixels = 16;  // that are worked on at once
+
+// `pixels` of a row, `step` bytes apart; 1 and -1, which mirrors, are known where this is compiled.
+template <int pixels, int known, class T>
+TORCHBP_INLINE void normalise(const uint8_t* from, int64_t step, Compute<T> scale, Compute<T> offset, T* to) {
+  uint8_t bytes[pixels];
+  if constexpr (known == -1) {
+    uint8_t mirrored[pixels];
+    std::memcpy(mirrored, from - (pixels - 1), pixels);
+    for (int x = 0; x < pixels; ++x) bytes[x] = mirrored[pixels - 1 - x];
+  } else if constexpr (known == 1) {
+    std::memcpy(bytes, from, pixels);
+  } else {
+    for (int x = 0; x < pixels; ++x) bytes[x] = from[x * step];
+  }
+  Compute<T> numbers[pixels];
+  for (int x = 0; x < pixels; ++x) numbers[x] = bytes[x] * scale + offset;
+  store_n(to, numbers, pixels);
+}
+
+// The last pixels overlap those before where kPixels does not divide the row.
+template <int known, class T>
+void normalise_rows(const uint8_t* from, int64_t row_stride, int64_t step, int64_t rows, int64_t columns, int64_t width,
+                    Compute<T> scale, Compute<T> offset, T* to) {
+  if (known) step = known;
+  const int64_t last = columns - kPixels;
   for (int64_t y = 0; y < rows; ++y, from += row_stride, to += width) {
-    if (step == -1)
-      for (int64_t x = 0; x < width; ++x) to[x] = from[-x];
-    else
-      for (int64_t x = 0; x < width; ++x) to[x] = from[x * step];
+    if (last >= 0) {
+      for (int64_t x = 0; x < last; x += kPixels)
+        normalise<kPixels, known>(from + x * step, step, scale, offset, to + x);
+      normalise<kPixels, known>(from + last * step, step, scale, offset, to + last);
+    } else {
+      for (int64_t x = 0; x < columns; ++x) normalise<1, 0>(from + x * step, step, scale, offset, to + x);
+    }
   }
 }
 
-// Zeros in `columns` neighbouring columns. The size of a store is a constant, as a call of memset would cost more than
-// the rest of a row.
-template <int columns, class T>
-void zero_columns(T* to, int64_t rows, int64_t width) {
-  for (int64_t y = 0; y < rows; ++y) std::memset(to + y * width, 0, columns * sizeof(T));
+// Zeros in the first and the last columns, and maybe beyond, in a row that is to be written.
+template <class T>
+TORCHBP_INLINE void zero_ends(T* row, int64_t width) {
+  if (width >= kPixels) {
+    std::memset(row, 0, kPixels * sizeof(T));
+    std::memset(row + width - kPixels, 0, kPixels * sizeof(T));
+  } else {
+    std::memset(row, 0, width * sizeof(T));
+  }
 }
 
-// One channel of one image. A move of a contiguous plane is one run from one place to another: what that carries over
-// the ends of rows lies where the zeros have to be.
-//
-//     1 2 3 4        . 1 2 3        0 1 2 3
-//     5 6 7 8   ->   4 5 6 7   ->   0 5 6 7
-//     9 a b c        8 9 a b        0 9 a b
-//
-// So the loop that has to vectorise is long however narrow the image, and knows nothing of moves. What is mirrored, or
-// not contiguous, is copied to `scratch` first, as bytes that stay in L1.
+// One channel of one image.
 template <class T>
 void plane(const Batch& b, const uint8_t* from, T* to, bool flip, int64_t down, int64_t right, Compute<T> scale,
-           Compute<T> offset, uint8_t* scratch) {
+           Compute<T> offset) {
   const int64_t height = b.height, width = b.width;
   // What of the result shows the image: rows [top, bottom), columns [left, end).
   const int64_t top = std::max<int64_t>(down, 0), bottom = height + std::min<int64_t>(down, 0);
@@ -43,28 +66,27 @@ void plane(const Batch& b, const uint8_t* from, T* to, bool flip, int64_t down, 
     std::memset(to, 0, height * width * sizeof(T));
     return;
   }
-  const int64_t rows = bottom - top, row_stride = b.strides[2], step = b.strides[3];
-  from += (top - down) * row_stride;
-  if (flip || step != 1 || row_stride != width) {
-    copy_rows(flip ? from + (width - 1) * step : from, row_stride, flip ? -step : step, scratch, rows, width);
-    from = scratch;
+  const int64_t row_stride = b.strides[2], step = flip ? -b.strides[3] : b.strides[3];
+  from += (top - down) * row_stride + (flip ? (width - 1) * b.strides[3] : 0) + (left - right) * step;
+  int64_t rows = bottom - top, columns = end - left;
+  T* const first = to + top * width;
+  if (columns < width) {
+    if (width - columns > kPixels)
+      std::memset(first, 0, rows * width * sizeof(T));
+    else
+      for (int64_t y = 0; y < rows; ++y) zero_ends(first + y * width, width);
+  } else if (step == 1 && row_stride == width) {  // all in one row
+    columns *= rows;
+    rows = 1;
   }
-  from += left - right;
-  const int64_t gap = width - (end - left), start = top * width + left, length = rows * width - gap;
-  T* const run = to + start;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < length; ++i) store(run + i, from[i] * scale + offset);
-  std::memset(to, 0, start * sizeof(T));
-  std::memset(run + length, 0, (height * width - start - length) * sizeof(T));
-  T* zero = run + width - gap;
-  for (int64_t x = gap; x >= 4; x -= 4, zero += 4) zero_columns<4>(zero, rows - 1, width);
-  if (gap & 2) zero_columns<2>(zero, rows - 1, width);
-  if (gap & 1) zero_columns<1>(zero + (gap & 2), rows - 1, width);
+  const auto run = step == 1 ? normalise_rows<1, T> : step == -1 ? normalise_rows<-1, T> : normalise_rows<0, T>;
+  run(from, row_stride, step, rows, columns, width, scale, offset, first + left);
+  std::memset(to, 0, top * width * sizeof(T));
+  std::memset(to + bottom * width, 0, (height - bottom) * width * sizeof(T));
 }
 
-// scratch: height * width bytes that no other thread uses.
 template <class T>
-void batch_rows(const Batch& b, int64_t begin, int64_t end, uint8_t* scratch) {
+void batch_rows(const Batch& b, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t area = b.height * b.width;
   for (int64_t i = begin; i < end; ++i) {
@@ -78,7 +100,7 @@ void batch_rows(const Batch& b, int64_t begin, int64_t end, uint8_t* scratch) {
       // as more lines than a core has on order at once would hold up everything else.
       for (int64_t k = 0; k < area; k += 64) __builtin_prefetch(next + c * area + k);
       plane(b, image + c * b.strides[1], out + c * area, flip, down, right, static_cast<C>(b.scale[c]),
-            static_cast<C>(b.offset[c]), scratch);
+            static_cast<C>(b.offset[c]));
     }
   }
 }

@@ -66,7 +66,7 @@ struct Level {
   void (*maxout_forward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   void (*maxout_backward[kDtypes])(const Maxout&, int64_t begin, int64_t end);
   UpdateFunction update[kDtypes];
-  void (*batch[kDtypes])(const Batch&, int64_t begin, int64_t end, uint8_t* scratch);
+  void (*batch[kDtypes])(const Batch&, int64_t begin, int64_t end);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
   void (*sum_rows)(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db);
 };

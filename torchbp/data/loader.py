@@ -215,7 +215,7 @@ class BatchLoader:
         """
         scale, offset = self._affine()
         if self.images.device.type == self.device.type == "cpu" and self.dtype in FUSED:
-            op = torch.ops.torchbp.image_batch.default
+            op = torch.ops.torchbp.image_batch.default._op
             return lambda *part: op(self.images, *part, scale, offset, self.dtype)
 
         wide = torch.promote_types(self.dtype, torch.float32)  # to compute in

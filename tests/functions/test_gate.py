@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchbp.functional as F
 from tests.compare import assert_same
@@ -374,6 +375,17 @@ def test_export(case: Case) -> None:
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     wanted = "aten.matmul" if case.op == "matmul" else "torchbp."
     assert any(name.startswith(wanted) for name in called), called
+    assert not any(name.startswith("torchbp_kernels") for name in called), called
+
+
+@EACH_MAIN_CASE
+def test_traced_graph_calls_public_operations(case: Case) -> None:
+    """Without autograd too, where the Functions are not there to hide the library they call."""
+    inputs = tuple(case.make())
+    graph = make_fx(lambda *args: case.ours(*args), tracing_mode="fake")(*inputs)
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert any(name.startswith(("torchbp.", "aten.")) for name in called), called
+    assert not any(name.startswith("torchbp_kernels") for name in called), called
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
@@ -390,6 +402,7 @@ def test_compiled_backward_is_fused(op: Op) -> None:
     backend = aot_autograd(fw_compiler=note, bw_compiler=note)
     ours, _, inputs = op.main_case.split()
     value_and_grads(compiled(ours, backend=backend), inputs)
+    assert not any(name.startswith("torchbp_kernels") for name in called), called
     names = {name.split(".")[1] for name in called if name.startswith("torchbp.")}
     in_two = frozenset({"softmax_ce", "softmax_ce_backward"})
     assert names == (in_two if op.name == "cross_entropy" else op.raw)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn import Module
 
@@ -221,7 +222,8 @@ class Saved:
         """The totals in one sentence."""
         storages = sum(kept.shared is None for kept in self.kept)
         return (
-            f"{size(self.total)} in {storages} storages ({len(self.kept)} tensors), of which "
+            f"{size(self.total)} in {storages} storage{'' if storages == 1 else 's'} "
+            f"({len(self.kept)} tensor{'' if len(self.kept) == 1 else 's'}), of which "
             f"{size(self.activations)} beyond inputs, parameters, buffers and captured tensors"
         )
 
@@ -288,9 +290,7 @@ class Comparison:
             row = [[label, "", size(getattr(side, attribute))] for side in (self.a, self.b)]
             rows.append(row[0] + row[1])
         heads = [head for name in self.names for head in (name, "keeps", ">bytes")]
-        return table(
-            heads, rows, title="What is kept for the backward", caption=f"{self.summary}."
-        )
+        return table(heads, rows, title="What is kept for the backward", caption=f"{self.summary}.")
 
     def __str__(self) -> str:
         return render(self)
@@ -325,16 +325,14 @@ def _record(
         met.append(one)
         return one.tensor
 
-    # Nodes are numbered as they are made: those from here on are of this call.
-    first = torch.ones((), requires_grad=True).clone().grad_fn
-    assert first is not None
+    first = _get_sequence_nr()  # nodes are numbered as they are made
     with saved_tensors_hooks(pack, unpack):
         output = fn(*args)
     outputs = outputs_of("saved", fn, output)
     if not any(tensor.requires_grad for tensor in outputs.values()):
         return None
 
-    nodes = _nodes(outputs.values(), first._sequence_nr())
+    nodes = _nodes(outputs.values(), first)
     for number, node in enumerate(nodes):
         for attribute in _attributes(node):
             met.clear()
@@ -382,7 +380,7 @@ def _record(
 
 
 def _nodes(outputs: Any, first: int) -> list[Node]:
-    """The gates that lead to the outputs, of those made after `first`, in the forward's order."""
+    """The gates that lead to the outputs, from number `first` on, in the order of the forward."""
     found: dict[Node, None] = {}
     waiting = [output.grad_fn for output in outputs]
     while waiting:

@@ -113,6 +113,9 @@ def test_inputs_in_lists_and_others() -> None:
     x, weights = randn(2, 3), [randn(4, 3), randn(2, 4)]
     found = jacobian(F.mlp, x, weights, None, "tanh")
     assert [entry.input for entry in found] == ["x", "weights[0]", "weights[1]"]
+    model = nn.Embedding(5, 3)  # no floating input at all, but parameters
+    (entry,) = jacobian(model, torch.tensor([4, 1]), parameters=True)
+    assert entry.explicit().sum((0, 1)).tolist() == [[float(i in (4, 1))] * 3 for i in range(5)]
     labels = torch.tensor([0, 2])  # no floating input: passed on
     (entry,) = jacobian(F.cross_entropy, x, labels)
     assert entry.input == "input"
@@ -416,6 +419,8 @@ def test_bad_arguments() -> None:
         jacobian(torch.argmax, x)
     with pytest.raises(TypeError, match="got float"):
         jacobian(lambda x: x.sum().item(), x)
+    with pytest.raises(ValueError, match="LazyLinear has parameters that its first call"):
+        jacobian(nn.LazyLinear(2), x)
     (entry,) = jacobian(F.relu, x)
     with pytest.raises(ValueError, match='layout wants "torch" or "lecture", got \'numpy\''):
         entry.explicit("numpy")  # type: ignore[arg-type]

@@ -122,6 +122,20 @@ def test_what_requires_no_grad_is_not_kept_for() -> None:
     assert [kept.what for kept in saved(torch.sigmoid, torch.ones(3)).kept] == ["output y"]
 
 
+def test_inputs_of_integers() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    indices = torch.tensor([4, 1])
+    assert {kept.what for kept in saved(model, indices).kept} == {
+        "input input", "intermediate", "parameter 1.weight",
+    }  # fmt: skip
+
+
+def test_sparse_tensors_count_what_they_hold() -> None:
+    eye = torch.eye(100).to_sparse()
+    (kept,) = saved(lambda x: torch.sparse.mm(eye, x), leaf(100, 2)).kept
+    assert kept.bytes == kept.storage_bytes == 100 * (2 * 8 + 4)
+
+
 def test_meta() -> None:
     x, w = torch.ones(64, 4096, device="meta"), torch.ones(4096, 4096, device="meta")
     found = saved(F.matmul, x, w)
@@ -239,8 +253,12 @@ def test_errors() -> None:
     x = leaf(3)
     with pytest.raises(TypeError, match="saved: fn wants a function or module, got str"):
         saved("relu", x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="saved: inputs want at least one floating tensor"):
+    with pytest.raises(TypeError, match=r"relu wants to return .*, got a tensor of torch\.int64"):
         saved(torch.relu, torch.tensor([1]))
+    with pytest.raises(ValueError, match="LazyLinear has parameters that its first call"):
+        saved(nn.LazyLinear(2), x)
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        saved(torch.func.grad(torch.sum), x)
     with pytest.raises(TypeError, match="saved: argmax wants to return"):
         saved(torch.argmax, x)
     for fn in (lambda x: x.detach(), lambda x: torch.ones(2)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "arguments",
     "captured",
-    "check_inputs",
+    "check_function",
+    "kinds",
     "modules_of",
     "name_of",
     "not_connected",
@@ -160,17 +162,32 @@ def input_names(fn: Callable[..., Any], count: int) -> list[str]:
     return names + [f"x{i}" for i in range(len(names), count)]
 
 
-def check_inputs(op: str, fn: Any, inputs: Sequence[Any]) -> None:
-    """Raise TypeError unless `fn` is callable, ValueError unless an input is a floating tensor."""
+def check_function(op: str, fn: Any) -> None:
+    """Raise TypeError unless `fn` can be called, ValueError if calling it would initialise it."""
     if not callable(fn):
         raise TypeError(f"{op}: fn wants a function or module, got {type(fn).__name__}")
-    leaves = pytree.tree_leaves(list(inputs))
-    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-        got = ", ".join(
+    for module in modules_of(fn).values():
+        if any(is_lazy(parameter) for parameter in (*module.parameters(), *module.buffers())):
+            raise ValueError(
+                f"{op}: {name_of(fn)} has parameters that its first call will initialise: call it "
+                "once before"
+            )
+
+
+def kinds(leaves: Iterable[Any]) -> str:
+    """What there is, for a message.
+
+    Example:
+        >>> kinds([torch.tensor(1), "a"]), kinds([])
+        ('a tensor of torch.int64, str', 'none')
+    """
+    return (
+        ", ".join(
             f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             for leaf in leaves
         )
-        raise ValueError(f"{op}: inputs want at least one floating tensor, got {got or 'none'}")
+        or "none"
+    )
 
 
 def arguments(
@@ -223,13 +240,9 @@ def outputs_of(op: str, fn: Any, output: Any) -> dict[str, Tensor]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
     if not found:
-        got = ", ".join(
-            f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            for _, leaf in flat
-        )
         raise TypeError(
             f"{op}: {name_of(fn)} wants to return a floating tensor, or a tuple, list or dict of "
-            f"them, got {got or type(output).__name__}"
+            f"them, got {kinds(leaf for _, leaf in flat)}"
         )
     return found
 

@@ -25,9 +25,18 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import adaptive_max_pool2d
+from torch.utils import _pytree as pytree
 from torch.utils import benchmark
 
-from .calling import arguments, check_inputs, name_of, not_connected, outputs_of, unchanged
+from .calling import (
+    arguments,
+    check_function,
+    kinds,
+    name_of,
+    not_connected,
+    outputs_of,
+    unchanged,
+)
 from .text import dims, dtype_name, duration, render, size, table
 
 __all__ = ["Costs", "Jacobian", "Jacobians", "jacobian"]
@@ -52,7 +61,8 @@ def jacobian(
 
     Args:
         fn: a function or module, on tensors; it is called once. Nothing of it changes: neither
-            `.grad`, nor buffers, nor inputs, nor the random state.
+            `.grad`, nor inputs, nor the random state, nor buffers of the modules that its code
+            names.
         inputs: its arguments. Tensors may be in lists, tuples and dicts. What is no floating
             tensor is passed on as it is. Tensors on "meta" give sizes alone.
         budget: the most bytes that an explicit Jacobian may take.
@@ -64,8 +74,8 @@ def jacobian(
     Raises:
         TypeError: `fn` is not callable, or returns no floating tensor; `budget` is no number;
             `parameters` without a module.
-        ValueError: no input is a floating tensor, `budget` is negative, or autograd cannot
-            differentiate `fn`.
+        ValueError: no input is a floating tensor, `budget` is negative, autograd cannot
+            differentiate `fn`, or it has lazy parameters.
 
     Example:
         >>> x, w = torch.ones(64, 4096, device="meta"), torch.ones(4096, 4096, device="meta")
@@ -83,7 +93,7 @@ def jacobian(
         >>> relu.vjp(torch.tensor([4.0, -1.0, 5.0, 9.0]))  # the same product, implicitly
         tensor([4., 0., 5., 0.])
     """
-    check_inputs("jacobian", fn, inputs)
+    check_function("jacobian", fn)
     if not isinstance(budget, Real) or isinstance(budget, bool):
         raise TypeError(f"jacobian: budget wants a number of bytes, got {type(budget).__name__}")
     if not budget >= 0:
@@ -95,6 +105,11 @@ def jacobian(
         if parameters and isinstance(fn, Module):
             own = {name: p for name, p in fn.named_parameters() if p.requires_grad}
             leaves |= {f"self.{n}" if n in leaves else n: p for n, p in own.items()}
+        if not leaves:
+            raise ValueError(
+                "jacobian: inputs want at least one floating tensor, got "
+                f"{kinds(pytree.tree_leaves(inputs))}"
+            )
         outputs = outputs_of("jacobian", fn, fn(*args))
         if not any(y.requires_grad for y in outputs.values()):
             raise not_connected("jacobian", fn)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
@@ -21,7 +20,7 @@ from torch.nn import Module
 from .calling import (
     arguments,
     captured,
-    check_inputs,
+    check_function,
     modules_of,
     name_of,
     not_connected,
@@ -41,8 +40,8 @@ def saved(fn: Callable[..., Any], *inputs: Any) -> Saved:
 
     Args:
         fn: a function or module, on tensors; it is called once, or twice where nothing requires
-            grad. Nothing of it changes: neither `.grad`, nor buffers, nor inputs, nor the random
-            state.
+            grad. Nothing of it changes: neither `.grad`, nor inputs, nor the random state, nor
+            buffers of the modules that its code names.
         inputs: its arguments. Tensors may be in lists, tuples and dicts, and on "meta".
 
     Returns:
@@ -50,16 +49,18 @@ def saved(fn: Callable[..., Any], *inputs: Any) -> Saved:
 
     Raises:
         TypeError: `fn` is not callable, or returns no floating tensor.
-        ValueError: no input is a floating tensor, or autograd cannot differentiate `fn`.
+        ValueError: autograd cannot differentiate `fn`, or it has lazy parameters.
+        RuntimeError: `fn` uses torch.func, which does not allow saved-tensor hooks.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(64, 100, requires_grad=True)
         >>> [(kept.node, kept.attribute, kept.bytes) for kept in saved(torch.relu, x).kept]
         [('ReluBackward0', 'result', 25600)]
         >>> saved(torch.add, x, x).total  # the adder needs nothing
         0
     """
-    check_inputs("saved", fn, inputs)
+    check_function("saved", fn)
     with unchanged(fn, inputs):
         found = _record(fn, inputs, lambda given: given.requires_grad)
         if found is None:
@@ -76,7 +77,7 @@ class Kept:
     Attributes:
         gate: number of the gate, in the order of the forward; None if it is not known.
         node: name of its node in autograd's graph, such as "MulBackward0"; None if the tensor
-            could not be attributed: its node leads to no output, or shows nobody what it keeps.
+            could not be attributed: its node leads to no output, or does not show what it keeps.
         attribute: what the node calls it, such as "self" or "result".
         shape, dtype, device: of the tensor.
         bytes: of its elements.
@@ -164,6 +165,7 @@ class Saved:
             TypeError: `other` is no `Saved`.
 
         Example:
+            >>> import torch
             >>> x = torch.ones(64, 100)
             >>> print(saved(torch.sigmoid, x).compare(saved(torch.nn.SiLU(), x)).summary)
             SiLU keeps as much as sigmoid: 25 KiB
@@ -362,7 +364,7 @@ def _record(
                 tuple(tensor.shape),
                 dtype_name(tensor.dtype),
                 str(tensor.device),
-                tensor.numel() * tensor.element_size(),
+                storage_bytes if tensor.is_sparse else tensor.numel() * tensor.element_size(),
                 storage_bytes,
                 role,
                 name,
@@ -407,9 +409,9 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     try:
         storage = tensor.untyped_storage()
         return storage._cdata, storage.nbytes()
-    except (NotImplementedError, RuntimeError):  # sparse tensors have none of their own
-        values = tensor.values() if tensor.layout is not torch.strided else tensor
-        return id(tensor), values.numel() * values.element_size()
+    except (NotImplementedError, RuntimeError):  # other layouts have none of their own
+        parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+        return id(tensor), sum(part.numel() * part.element_size() for part in parts)
 
 
 def _roles(

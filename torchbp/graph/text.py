@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from rich.console import Console, RenderableType
@@ -63,7 +64,8 @@ def table(
     made = Table(title=Text(title), caption=Text(caption), title_justify="left")
     made.caption_justify = "left"
     for head in heads:
-        made.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
+        side: Literal["left", "right"] = "right" if head.startswith(">") else "left"
+        made.add_column(head.lstrip(">"), justify=side, overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))
     return made

@@ -1,0 +1,570 @@
+"""torchbp.graph.trace: the gradients are autograd's, the values are the function's, and upstream
+times local is what each gate sends back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import torchbp
+import torchbp.functional as F
+from tests.compare import assert_same
+from torchbp.graph import Ledger, trace
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64) + 0.5
+
+
+def classes(n: int, count: int) -> Tensor:
+    return torch.randint(count, (n,))
+
+
+def total(value: Any) -> Tensor:
+    """One number of any output, in which no two elements count alike."""
+    result = torch.zeros((), dtype=torch.float64)
+    for i, part in enumerate(tree_flatten(value)[0]):
+        if isinstance(part, Tensor) and part.is_floating_point():
+            weight = torch.arange(1, part.numel() + 1, dtype=torch.float64).sin().view(part.shape)
+            result = result + (i + 1) * (part.double() * weight).sum()
+    return result
+
+
+@torch.no_grad()
+def without_grad(x: Tensor) -> Tensor:
+    return x.exp() + 1
+
+
+M = torch.nn.Module
+CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {}
+
+
+def case(name: str, function: Callable[..., Any], *shapes: Any) -> None:
+    def inputs() -> tuple[Any, ...]:
+        return tuple(
+            rand(*shape) if isinstance(shape, tuple) else shape() if callable(shape) else shape
+            for shape in shapes
+        )
+
+    assert name not in CASES
+    CASES[name] = function, inputs
+
+
+# ---- torch
+for name in [
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "exp",
+    "abs",
+    "neg",
+    "square",
+    "sinh",
+    "atan",
+    "erf",
+    "expm1",
+    "asinh",
+    "softmax_",
+    "relu",
+    "sgn",
+    "positive",
+    "trunc",
+    "frac",
+]:
+    if name != "softmax_":
+        case(f"torch.{name}", getattr(torch, name), (3, 4))
+for name in ["log", "sqrt", "rsqrt", "reciprocal", "log1p", "log2", "lgamma", "digamma"]:
+    case(f"torch.{name}", getattr(torch, name), lambda: positive(3, 4))
+for name in ["add", "sub", "mul", "maximum", "minimum", "atan2", "hypot", "logaddexp"]:
+    case(f"torch.{name}", getattr(torch, name), (3, 4), (3, 4))
+    case(f"torch.{name} broadcast", getattr(torch, name), (3, 4), (4,))
+case("torch.div", torch.div, (3, 4), lambda: positive(3, 1))
+case("torch.pow", torch.pow, lambda: positive(3, 4), (4,))
+case("torch.pow by a number", lambda x: x**3, (3, 4))
+case("torch.lerp", torch.lerp, (3,), (3,), (3,))
+case("torch.where", lambda a, b: torch.where(a > 0, a, b), (3, 4), (4,))
+case("torch.clamp", lambda x: x.clamp(-0.5, 0.5), (3, 4))
+case("torch.matmul", torch.matmul, (3, 4), (4, 2))
+case("torch.mm", torch.mm, (3, 4), (4, 2))
+case("torch.bmm", torch.bmm, (2, 3, 4), (2, 4, 5))
+case("torch.mv", torch.mv, (3, 4), (4,))
+case("torch.dot", torch.dot, (4,), (4,))
+case("torch.addmm", torch.addmm, (2,), (3, 4), (4, 2))
+case("torch.einsum", lambda a, b: torch.einsum("ij,kj->ik", a, b), (3, 4), (2, 4))
+case("torch.outer", torch.outer, (3,), (4,))
+case("torch.sum", lambda x: x.sum(1), (3, 4))
+case("torch.mean", lambda x: x.mean(0, keepdim=True), (3, 4))
+case("torch.prod", lambda x: x.prod(1), (3, 4))
+case("torch.var", lambda x: x.var(1), (3, 4))
+case("torch.std", lambda x: x.std(), (3, 4))
+case("torch.norm", lambda x: torch.linalg.vector_norm(x, dim=1), (3, 4))
+case("torch.cumsum", lambda x: x.cumsum(1), (3, 4))
+case("torch.logsumexp", lambda x: x.logsumexp(1), (3, 4))
+case("torch.max over a dimension", lambda x: x.max(1).values, (3, 4))
+case("torch.max with its index", lambda x: x.max(1), (3, 4))
+case("torch.amin", lambda x: x.amin(0), (3, 4))
+case("torch.sort", lambda x: x.sort(1)[0], (3, 4))
+case("torch.topk", lambda x: x.topk(2, 1).values, (3, 4))
+case("torch.gather", lambda x: x.gather(1, torch.tensor([[0], [2], [1]])), (3, 4))
+case("torch.cat", lambda a, b: torch.cat([a, b, a], 1), (3, 4), (3, 2))
+case("torch.stack", lambda a, b: torch.stack([a, b]), (3, 4), (3, 4))
+case("torch.split", lambda x: x.split([1, 3], 1), (3, 4))
+case("torch.chunk", lambda x: torch.chunk(x, 2, 1)[1], (3, 4))
+case("torch.unbind", lambda x: x.unbind(0)[2] * x.unbind(0)[0], (3, 4))
+case("torch.view", lambda x: x.view(2, 6).t(), (3, 4))
+case("torch.permute", lambda x: x.permute(2, 0, 1).contiguous(), (2, 3, 4))
+case("torch.T", lambda x: x.T @ x, (3, 4))
+case("torch.flip", lambda x: x.flip(0), (3, 4))
+case("torch.roll", lambda x: x.roll(1, 1), (3, 4))
+case("torch.expand", lambda x: x.unsqueeze(1).expand(3, 5), (3,))
+case("torch.getitem", lambda x: x[1:, ::2] * x[0, 1], (3, 4))
+case("torch.index_select", lambda x: x.index_select(0, torch.tensor([2, 0, 0])), (3, 4))
+case("torch.tril", torch.tril, (4, 4))
+case("torch.diagonal", torch.diagonal, (4, 4))
+case("torch.linalg.inv", lambda x: torch.linalg.inv(x + 4 * torch.eye(3)), (3, 3))
+case("torch.linalg.solve", lambda a, b: torch.linalg.solve(a + 4 * torch.eye(3), b), (3, 3), (3,))
+case("torch.det", lambda x: torch.linalg.det(x), (3, 3))
+case("in place", lambda x: x.clone().add_(1).mul_(2).sigmoid_(), (3, 4))
+case("in place through a view", lambda x: write_row(x.clone()), (3, 4))
+case("reuse", lambda x: x * x + x.sin() * x, (3,))
+case("detached", lambda x: x * x.detach(), (3,))
+case("without grad", lambda x: x * without_grad(x), (3,))
+case("an input twice", lambda x, y: x * y + x, (3,), (3,))
+case("nested inputs", lambda pair, d: pair[0] * pair[1] + d["z"], lambda: [rand(3), rand(3)],
+     lambda: {"z": rand(3)})  # fmt: skip
+case("several outputs", lambda x: (x.exp(), x.sum(), x), (3,))
+case("complex", lambda x: torch.fft.fft(x).abs(), (8,))
+case("float32 inside", lambda x: x.float().sigmoid().double(), (3, 4))
+
+# ---- torch.nn.functional
+for name in [
+    "relu",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "softplus",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "softsign",
+    "tanhshrink",
+    "softshrink",
+    "hardshrink",
+    "logsigmoid",
+    "relu6",
+]:
+    case(f"F.{name}", getattr(TF, name), (3, 4))
+case("F.softmax", lambda x: TF.softmax(x, 1), (3, 4))
+case("F.log_softmax", lambda x: TF.log_softmax(x, 1), (3, 4))
+case("F.linear", TF.linear, (3, 4), (2, 4), (2,))
+case("F.bilinear", TF.bilinear, (3, 4), (3, 2), (5, 4, 2))
+case("F.conv1d", TF.conv1d, (2, 3, 8), (4, 3, 3), (4,))
+case("F.conv2d", TF.conv2d, (2, 3, 6, 6), (4, 3, 3, 3), (4,))
+case("F.conv_transpose2d", TF.conv_transpose2d, (2, 3, 4, 4), (3, 2, 3, 3))
+case("F.max_pool2d", lambda x: TF.max_pool2d(x, 2), (2, 3, 4, 4))
+case("F.avg_pool2d", lambda x: TF.avg_pool2d(x, 2), (2, 3, 4, 4))
+case("F.adaptive_avg_pool2d", lambda x: TF.adaptive_avg_pool2d(x, 1), (2, 3, 4, 4))
+case("F.layer_norm", lambda x: TF.layer_norm(x, (4,)), (3, 4))
+case("F.group_norm", lambda x: TF.group_norm(x, 2), (2, 4, 3))
+case("F.batch_norm", lambda x: TF.batch_norm(x, None, None, training=True), (5, 4))
+case("F.normalize", TF.normalize, (3, 4))
+case("F.pad", lambda x: TF.pad(x, (1, 2)), (3, 4))
+case("F.interpolate", lambda x: TF.interpolate(x, scale_factor=2), (1, 2, 3, 3))
+case("F.unfold", lambda x: TF.unfold(x, 2), (1, 2, 3, 3))
+case("F.glu", TF.glu, (3, 4))
+case("F.dropout", lambda x: TF.dropout(x, 0.5), (3, 4))
+case("F.embedding", lambda w: TF.embedding(torch.tensor([1, 0, 1]), w), (3, 4))
+case("F.cross_entropy", lambda x, t: TF.cross_entropy(x, t), (5, 4), lambda: classes(5, 4))
+case("F.nll_loss", lambda x, t: TF.nll_loss(x.log_softmax(1), t), (5, 4), lambda: classes(5, 4))
+case("F.mse_loss", TF.mse_loss, (5, 4), (5, 4))
+case("F.l1_loss", TF.l1_loss, (5, 4), (5, 4))
+case("F.smooth_l1_loss", TF.smooth_l1_loss, (5, 4), (5, 4))
+case("F.huber_loss", TF.huber_loss, (5, 4), (5, 4))
+case("F.kl_div", lambda x: TF.kl_div(x.log_softmax(1), torch.full((5, 4), 0.25).double()), (5, 4))
+case("F.bce_with_logits", lambda x: TF.binary_cross_entropy_with_logits(x, (x > 0).double()), (5,))
+case("F.cosine_similarity", TF.cosine_similarity, (3, 4), (3, 4))
+case("F.sdpa", TF.scaled_dot_product_attention, (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))
+
+# ---- torch.nn
+MODULES: dict[str, tuple[Callable[[], M], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(4, 3), (5, 4)),
+    "Sequential": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), (5, 4)),
+    "Conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), (5, 4)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), (5, 4)),
+    "PReLU": (lambda: nn.PReLU(), (5, 4)),
+    "Dropout": (lambda: nn.Dropout(0.3), (5, 4)),
+    "LSTM": (lambda: nn.LSTM(4, 3), (5, 2, 4)),
+    "GRU": (lambda: nn.GRU(4, 3, bidirectional=True), (5, 2, 4)),
+    "MultiheadAttention": (lambda: Attention(), (3, 2, 4)),
+    "TransformerEncoderLayer": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), (3, 2, 4)),
+    "shared weights": (lambda: Shared(), (5, 4)),
+    "frozen": (lambda: Frozen(), (5, 4)),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (5, 4)),
+    "torchbp MLP": (lambda: torchbp.nn.MLP([4, 6, 3], activation="tanh"), (5, 4)),
+    "torchbp Linear": (lambda: torchbp.nn.Linear(4, 3, activation="sigmoid"), (5, 4)),
+    "torchbp Maxout": (lambda: torchbp.nn.Maxout(4, 3), (5, 4)),
+}  # fmt: skip
+
+# ---- torchbp
+for name in ["exp", "relu", "leaky_relu", "elu", "sigmoid", "tanh"]:
+    case(f"torchbp.{name}", getattr(F, name), (3, 4))
+case("torchbp.reciprocal", F.reciprocal, lambda: positive(3, 4))
+case("torchbp.scale", lambda x: F.scale(x, -2.0), (3, 4))
+case("torchbp.shift", lambda x: F.shift(x, 2.0), (3, 4))
+for name in ["add", "multiply", "maximum"]:
+    case(f"torchbp.{name}", getattr(F, name), (3, 4), (3, 4))
+    case(f"torchbp.{name} broadcast", getattr(F, name), (3, 4), (4,))
+case("torchbp.matmul", F.matmul, (3, 4), (4, 2))
+case("torchbp.linear", F.linear, (3, 4), (2, 4), (2,))
+case("torchbp.linear with relu", lambda x, w: F.linear(x, w, activation="relu"), (3, 4), (2, 4))
+case("torchbp.mlp", lambda x, v, w: F.mlp(x, [v, w], [], "tanh"), (5, 4), (3, 4), (2, 3))
+case("torchbp.maxout", lambda x, w: F.maxout(x, w), (5, 4), (6, 2, 4))
+case("torchbp.cross_entropy", F.cross_entropy, (5, 4), lambda: classes(5, 4))
+case("torchbp.l2_penalty", lambda a, b: F.l2_penalty([a, b]), (3, 4), (2,))
+case("a chain of torchbp", lambda x, w: F.sigmoid(F.relu(F.matmul(x, w))), (3, 4), (4, 2))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.attention(x, x, x)[0]
+        return result
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.two(self.one(x).tanh())
+        return result
+
+
+class Frozen(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        self[0].requires_grad_(False)
+
+
+def write_row(x: Tensor) -> Tensor:
+    x[1] = x[0] * 2
+    x[:, 0].mul_(3)
+    return x.exp()
+
+
+def check(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> Ledger:
+    """Trace a function, and compare gradients, values and sums with autograd's."""
+    torch.manual_seed(7)
+    copies = [
+        value.detach().clone().requires_grad_(value.is_floating_point())
+        if isinstance(value, Tensor)
+        else value
+        for value in tree_flatten(inputs)[0]
+    ]
+    structure = tree_flatten(inputs)[1]
+    named = dict(fn.named_parameters()) if isinstance(fn, M) else {}
+    parameters = {f"module.{name}": p for name, p in named.items() if p.requires_grad}
+    differentiable = [c for c in copies if isinstance(c, Tensor) and c.requires_grad]
+    loss = total(fn(*tree_unflatten(copies, structure)))
+    wanted = torch.autograd.grad(loss, [*differentiable, *parameters.values()], allow_unused=True)
+
+    torch.manual_seed(7)
+    ledger = trace(_Total(fn) if isinstance(fn, M) else lambda *args: total(fn(*args)), *inputs)
+    names = [node.name for node in ledger.nodes if node.kind == "input"]
+    assert len(names) == sum(isinstance(value, Tensor) for value in copies)
+    names = [name for name in names if name in ledger.grads]
+    assert ledger.grads.keys() == {*names, *parameters}
+    for name, theirs in zip([*names, *parameters], wanted, strict=True):
+        ours = ledger.grads[name]
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    consistent(ledger)
+    return ledger
+
+
+class _Total(nn.Module):
+    def __init__(self, module: M) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return total(self.module(*inputs))
+
+
+def consistent(ledger: Ledger) -> None:
+    """What each value's uses send back adds up to its upstream gradient; where a local gradient is
+    shown, upstream times it is the product."""
+    sums: dict[tuple[int, int], Tensor] = {}
+    for edge in ledger.edges:
+        assert edge.source < len(ledger.nodes)
+        if edge.product is None:
+            continue
+        assert edge.product.tensor is not None
+        key = edge.source, edge.output
+        value = ledger.nodes[edge.source].values[edge.output]
+        product = edge.product.tensor
+        sums[key] = sums[key] + product if key in sums else product
+        if value is not None:
+            assert product.shape == value.shape
+        if edge.local is not None:
+            target = ledger.nodes[edge.target]
+            assert target.upstream is not None
+            assert target.upstream.tensor is not None
+            assert edge.local.tensor is not None
+            made = (target.upstream.tensor * edge.local.tensor.conj()).sum_to_size(product.shape)
+            made = made if product.is_complex() else made.real if made.is_complex() else made
+            torch.testing.assert_close(made.to(product.dtype), product, rtol=1e-6, atol=1e-9)
+    for (number, output), added in sums.items():
+        node = ledger.nodes[number]
+        upstream = node.upstreams[output]
+        assert upstream is not None, node
+        if number in ledger.outputs:
+            continue  # it also has what came from outside
+        assert upstream.tensor is not None
+        torch.testing.assert_close(added, upstream.tensor, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_function(name: str) -> None:
+    fn, inputs = CASES[name]
+    check(fn, inputs())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name: str) -> None:
+    make, shape = MODULES[name]
+    module = make().double()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    check(module, (rand(*shape),))
+    assert_same(
+        dict(module.state_dict()), before, rtol=0, atol=0
+    ) if name != "BatchNorm1d" else None
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_enough_is_tested() -> None:
+    assert sum(not name.startswith("torchbp") for name in [*CASES, *MODULES]) >= 80
+
+
+# ---- the lecture ---------------------------------------------------------------------------------
+
+
+def numbers(ledger: Ledger, name: str) -> tuple[float, float]:
+    node = ledger[name]
+    assert node.value is not None
+    assert node.upstream is not None
+    return node.value.sample.item(), node.upstream.sample.item()
+
+
+def test_the_lectures_first_graph() -> None:
+    """f = (x + y) z at -2, 5, -4: q = 3, f = -12; df/dx = df/dy = -4, df/dz = 3."""
+    ledger = trace(lambda x, y, z: (x + y) * z, *torch.tensor([-2.0, 5.0, -4.0]))
+    assert [node.name for node in ledger.nodes] == ["x", "y", "z", "add1", "mul1"]
+    wanted = {"x": (-2, -4), "y": (5, -4), "z": (-4, 3), "add1": (3, -4), "mul1": (-12, 1)}
+    assert {name: numbers(ledger, name) for name in wanted} == wanted
+    locals_ = [edge.local.sample.item() for edge in ledger.edges if edge.local is not None]
+    assert locals_ == [1, 1, -4, 3]
+    products = [edge.product.sample.item() for edge in ledger.edges if edge.product is not None]
+    assert products == [-4, -4, -4, 3]
+    assert ledger["add1"].pattern == "distributor"
+    assert ledger["mul1"].pattern == "swap multiplier"
+
+
+def test_the_sigmoid_neuron() -> None:
+    """The chain 1.00, -0.53, -0.53, -0.20, 0.20 over primitive gates, and the exact gradients."""
+    inputs = {"w0": 2.0, "x0": -1.0, "w1": -3.0, "x1": -2.0, "w2": -3.0}
+    ledger = trace(
+        lambda w0, x0, w1, x1, w2: 1 / (torch.exp(-(w0 * x0 + w1 * x1 + w2)) + 1),
+        *(torch.tensor(v, dtype=torch.float64) for v in inputs.values()),
+    )
+    chain = [node for node in ledger.nodes if node.kind == "gate"][-4:]
+    assert [round(numbers(ledger, node.name)[1], 2) for node in chain[::-1]] == [
+        1,
+        -0.53,
+        -0.53,
+        -0.2,
+    ]
+    exact = {"w0": -0.1966, "x0": 0.3932, "w1": -0.3932, "x1": -0.5898, "w2": 0.1966}
+    assert {name: round(grad.item(), 4) for name, grad in ledger.grads.items()} == exact  # type: ignore[union-attr]
+    fused = trace(lambda s: F.sigmoid(s), torch.tensor(1.0, dtype=torch.float64))
+    (edge,) = fused.edges
+    assert edge.local is not None
+    s = 1 / (1 + math.exp(-1))
+    assert edge.local.sample.item() == pytest.approx((1 - s) * s, rel=1e-12)
+
+
+def test_relu_of_the_lecture() -> None:
+    x, upstream = torch.tensor([1.0, -2, 3, -1]), torch.tensor([4.0, -1, 5, 9])
+    for relu in (torch.relu, F.relu, TF.relu):
+        ledger = trace(relu, x, names=["x"], grad_output=upstream)
+        (edge,) = ledger.edges
+        assert edge.local is not None
+        assert edge.local.sample.tolist() == [1, 0, 1, 0]
+        assert ledger.grads["x"].tolist() == [4, 0, 5, 0]  # type: ignore[union-attr]
+        assert edge.jacobian_shape == (4, 4)
+        assert edge.jacobian_bytes == 64
+        assert ledger.nodes[1].pattern == "mask"
+
+
+def test_matmul_has_a_rule_and_a_jacobian_that_is_not_made() -> None:
+    x, w = torch.randn(64, 128), torch.randn(128, 32)
+    ledger = trace(lambda x, w: (x @ w).sum(), x, w)
+    first, second, _ = ledger.edges
+    assert (first.local, first.rule) == (None, "dL/da = dL/dy b^T")
+    assert second.rule == "dL/db = a^T dL/dy"
+    assert first.jacobian_shape == (64, 32, 64, 128)
+    assert first.jacobian_bytes == 64 * 32 * 64 * 128 * 4
+    assert ledger["matmul1"].pattern == "transpose-and-multiply"
+    value = ledger["x"].value
+    assert value is not None
+    assert value.tensor is None
+    assert value.mean == pytest.approx(x.mean().item(), abs=1e-6)
+    assert value.std == pytest.approx(x.std(correction=0).item(), rel=1e-5)
+
+
+def test_a_value_used_twice_adds_its_gradients() -> None:
+    ledger = trace(lambda x: x * 4 + x * 2, torch.tensor(3.0))
+    assert ledger["x"].uses == 2
+    assert ledger.grads["x"] == 6
+    assert "adder" in str(ledger)
+    assert ledger["mul1"].pattern == "scale"
+
+
+# ---- custom Functions ----------------------------------------------------------------------------
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * grad  # wrong, and shown as it is
+
+
+def test_a_custom_function_is_one_gate() -> None:
+    ledger = trace(lambda x: Twice.apply(Twice.apply(x)), torch.tensor(1.0))  # type: ignore[no-untyped-call]
+    assert [node.operation for node in ledger.nodes] == ["", "Twice", "Twice"]
+    assert [node.value.sample.item() for node in ledger.nodes if node.value] == [1, 2, 4]
+    assert ledger.grads["x"] == 9
+
+
+def test_torchbp_chain_shows_each_value() -> None:
+    x, w = torch.randn(3, 4), torch.randn(4, 2)
+    ledger = trace(lambda x, w: F.sigmoid(F.relu(F.matmul(x, w))).sum(), x, w)
+    assert [n.operation for n in ledger.nodes if n.kind == "gate"] == [
+        "matmul", "relu", "sigmoid", "sum",
+    ]  # fmt: skip
+    value = ledger["relu1"].value
+    assert value is not None
+    assert value.tensor is not None
+    torch.testing.assert_close(value.tensor, (x @ w).relu())
+
+
+# ---- what stays as it was ------------------------------------------------------------------------
+
+
+def test_nothing_of_the_model_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = {name: id(value) for name, value in model.named_buffers()}
+    x = torch.randn(5, 4)
+    kept = x.clone()
+    trace(lambda x: model(x).sum(), x)
+    assert_same(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert {name: id(value) for name, value in model.named_buffers()} == buffers
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
+    assert model.training
+    assert torch.equal(x, kept)
+    assert not x.requires_grad
+
+
+def test_names() -> None:
+    model = nn.Linear(2, 1)
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return (model(x) - target).square().sum()
+
+    ledger = trace(loss, torch.randn(3, 2), torch.randn(3, 1))
+    kinds = {node.name: node.kind for node in ledger.nodes if node.kind != "gate"}
+    assert kinds == {
+        "x": "input", "target": "input", "model.weight": "parameter", "model.bias": "parameter",
+    }  # fmt: skip
+    named = trace(torch.mul, torch.tensor(2.0), torch.tensor(3.0), names=["a", "b"])
+    assert {k: v.item() for k, v in named.grads.items() if v is not None} == {"a": 3, "b": 2}
+
+
+def test_source_lines() -> None:
+    ledger = trace(lambda x: x.exp().sum(), torch.randn(3))  # this very line
+    source = ledger["exp1"].source
+    assert source is not None
+    assert source.endswith("# this very line")
+    assert "test_trace.py:" in source
+
+
+def test_json_and_table() -> None:
+    ledger = trace(
+        lambda x, w: F.relu(x @ w).sum(), torch.randn(3, 4), torch.full((4, 2), torch.inf)
+    )
+    data = json.loads(ledger.to_json())
+    assert [node["name"] for node in data["nodes"]] == ["x", "w", "matmul1", "relu1", "sum1"]
+    assert data["nodes"][1]["values"][0]["values"][0][0] == "inf"
+    text = str(ledger)
+    for word in ("matmul1", "transpose-and-multiply", "dL/da = dL/dy b^T"):
+        assert word in text
+    assert repr(ledger) == "Ledger(3 gates, 2 inputs and parameters)"
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+X = torch.randn(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: trace(3, X), TypeError, "fn wants a function or module, got int"),  # type: ignore[arg-type]
+        (lambda: trace(lambda x: x > 0, X), ValueError, "depends on a floating input"),
+        (lambda: trace(lambda x: 3, X), ValueError, "depends on a floating input"),
+        (lambda: trace(torch.exp, X), ValueError, r"one element alone, got shape \(3,\)"),
+        (lambda: trace(lambda x: (x.sum(), x.exp()), X), TypeError, "for each of 2 outputs"),
+        (lambda: trace(torch.exp, X, grad_output=torch.ones(2)), ValueError, r"wants shape \(3,\)"),
+        (lambda: trace(torch.exp, X, grad_output=[3.0]), TypeError, "wants tensors, got float"),
+        (lambda: trace(torch.exp, X, grad_output=[X, X]), TypeError, "of 1 outputs, got 2"),
+        (lambda: trace(torch.exp, X, grad_output=[None]), ValueError, "one output at least"),
+        (lambda: trace(torch.exp, X, names=["a", "b"]), TypeError, "names wants 1 strings"),
+        (lambda: trace(torch.add, X, X, names=["a", "a"]), TypeError, "each name once"),
+        (lambda: trace(lambda x: torch.linalg.qr(x, "complete")[0].sum(), rand(4, 2)), RuntimeError,
+         "autograd cannot differentiate"),
+    ],
+)  # fmt: skip
+def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,760 @@
+"""`trace`: run a function forward and backward, and write down what every gate did.
+
+PyTorch's own autograd does the work, so that the gradients are its own. What is added:
+
+* a TorchFunctionMode sees every call of a torch function with what goes in and comes out, and
+  which nodes of the autograd graph it made: together these are one gate;
+* nodes that no such call made belong to a custom Function, or to a change of memory that is seen
+  through a view: each is a gate of its own;
+* a hook on each node sees the gradients that arrive at it and that leave it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .ledger import Edge, Held, Ledger, Node
+from .operations import ELEMENTWISE, canonical, pattern_of, rule_of
+
+__all__ = ["trace"]
+
+Function = Callable[..., Any]
+
+
+def trace(
+    fn: Function,
+    *inputs: Any,
+    names: Sequence[str] | None = None,
+    grad_output: Any = None,
+) -> Ledger:
+    """Run `fn` forward and backward, and return every value, upstream and local gradient.
+
+    Any function of torch operations, torchbp's or custom Functions, or a module. Each call of a
+    torch function is a gate, and so is each custom Function. Nothing outside changes: inputs are
+    copied, buffers put back, and no `.grad` is touched; random numbers are drawn as in any call.
+
+    Args:
+        fn: a function or module.
+        inputs: its arguments: tensors, or nested lists, tuples and dicts that hold some. Floating
+            ones receive a gradient, and so does each parameter that requires one.
+        names: of the tensors among the inputs; by default the names of `fn`'s parameters.
+        grad_output: dL/doutput, for an output of more than one element; for several outputs a
+            sequence, with None for one that does not count.
+
+    Raises:
+        TypeError: `fn` cannot be called, or `names` or `grad_output` do not fit.
+        ValueError: there is nothing to differentiate, or `grad_output` has another shape.
+        RuntimeError: autograd cannot differentiate the function.
+
+    Example:
+        >>> ledger = trace(lambda x, y, z: (x + y) * z, *torch.tensor([-2.0, 5.0, -4.0]))
+        >>> print(ledger["mul1"].value, ledger["add1"].upstream)
+        -12 -4
+        >>> {name: grad.item() for name, grad in ledger.grads.items()}
+        {'x': -4.0, 'y': -4.0, 'z': 3.0}
+    """
+    if not callable(fn):
+        raise TypeError(f"trace: fn wants a function or module, got {type(fn).__name__}")
+    flat, structure = tree_flatten(inputs)
+    leaves = [_leaf(value) if isinstance(value, Tensor) else value for value in flat]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    recorder = _Recorder(fn)
+    for name, leaf in zip(_input_names(fn, inputs, names), tensors, strict=True):
+        recorder.add_leaf(leaf, name, "input")
+    with _unchanged(recorder.modules), torch.enable_grad():
+        with recorder.watch():
+            output = fn(*tree_unflatten(leaves, structure))
+        outputs = [value for value in tree_flatten(output)[0] if isinstance(value, Tensor)]
+        for value in outputs:
+            recorder.source_of(value)
+        return recorder.differentiate(outputs, grad_output)
+
+
+# ---- what goes in
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """A copy of an input, which requires grad if it can."""
+    copy = value.detach().clone()
+    differentiable = copy.is_floating_point() or copy.is_complex()
+    return copy.requires_grad_() if differentiable else copy
+
+
+def _input_names(fn: Function, inputs: tuple[Any, ...], names: Sequence[str] | None) -> list[str]:
+    """A name for each tensor among the inputs."""
+    counts = [sum(isinstance(v, Tensor) for v in tree_flatten(value)[0]) for value in inputs]
+    if names is not None:
+        names = list(names)
+        if len(names) != sum(counts) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"trace: names wants {sum(counts)} strings, got {names}")
+        if len(set(names)) < len(names):
+            raise TypeError(f"trace: names wants each name once, got {names}")
+        return names
+    try:
+        call = fn.forward if isinstance(fn, nn.Module) else fn
+        parameters = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):  # a built-in function
+        parameters = []
+    given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given += [f"x{i}" for i in range(len(given), len(inputs))]
+    result: list[str] = []
+    for name, count in zip(given, counts, strict=False):
+        result += [name] if count == 1 else [f"{name}{i}" for i in range(count)]
+    return result
+
+
+def _modules_of(fn: Function) -> dict[str, nn.Module]:
+    """The modules that a function holds, with a prefix for the names of their parameters."""
+    if isinstance(fn, nn.Module):
+        return {"": fn}
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return {"": owner}
+    found: dict[str, Any] = {}
+    inner = inspect.unwrap(fn)
+    if inspect.isfunction(inner):
+        variables = inspect.getclosurevars(inner)
+        found = {**variables.globals, **variables.nonlocals}
+    return {f"{name}.": value for name, value in found.items() if isinstance(value, nn.Module)}
+
+
+def _forwards(function: type) -> Iterator[FunctionType]:
+    """What every custom Function that there is runs in its forward pass."""
+    kind: Any
+    for kind in function.__subclasses__():
+        for method in (kind.forward, kind.setup_context):
+            if isinstance(inspect.unwrap(method), FunctionType):
+                yield inspect.unwrap(method)
+        yield from _forwards(kind)
+
+
+def _tensors_of(fn: Function) -> dict[str, Tensor]:
+    """The tensors that a function holds, by the names it has for them."""
+    inner = inspect.unwrap(fn)
+    if not inspect.isfunction(inner):
+        return {}
+    variables = inspect.getclosurevars(inner)
+    held = {**variables.globals, **variables.nonlocals}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+class _unchanged:
+    """Puts back the buffers of modules, which a forward pass in training mode may change."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = {id(m): m for module in modules for m in module.modules()}.values()
+
+    def __enter__(self) -> None:
+        self.before = [
+            (
+                module,
+                dict(module._buffers),
+                {k: b.clone() for k, b in module._buffers.items() if b is not None},
+            )
+            for module in self.modules
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for module, buffers, values in self.before:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                for name, value in values.items():
+                    buffer = buffers[name]
+                    if buffer is not None and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+# ---- what is seen
+
+
+@dataclass
+class _Operand:
+    """An edge into a gate; `target` is where its gradient goes, over so many edges of autograd's
+    graph, or None if it has no gradient."""
+
+    edge: Edge
+    target: tuple[Any, int] | None
+    paths: int
+
+
+class _Gate:
+    """A node of the ledger in the making.
+
+    Attributes:
+        members: the autograd nodes that are this gate.
+        results: (autograd node, number of its output) of each of the gate's outputs, or None for
+            one without a gradient.
+        repeat: computes the gate again from other values of its tensors, if that may be done.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.members: list[Any] = []
+        self.results: list[tuple[Any, int] | None] = []
+        self.operands: list[_Operand] = []
+        self.repeat: Callable[[list[Tensor]], Any] | None = None
+        self.arguments: list[Tensor] = []
+
+
+class _Recorder:
+    def __init__(self, fn: Function) -> None:
+        self.nodes: list[Node] = []
+        self.edges: list[Edge] = []
+        self.gates: dict[int, _Gate] = {}  # by the id of their node
+        self.owner: dict[Any, _Gate] = {}  # of each autograd node
+        self.leaves: dict[int, tuple[Tensor, int]] = {}  # id of a leaf -> itself, its node
+        self.sources: dict[int, tuple[Tensor, Any, int, int]] = {}
+        self.fresh: list[Tensor] = []  # made outside of any call: by custom Functions
+        self.counts: dict[str, int] = {}
+        self.taken: set[str] = set()
+        self.named: dict[int, tuple[str, str]] = {}
+        modules = _modules_of(fn)
+        self.modules = list(modules.values())
+        self.trained = [
+            prefix + name
+            for prefix, module in modules.items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        ]
+        for prefix, module in modules.items():
+            for name, p in module.named_parameters():
+                self.named[id(p)] = (prefix + name, "parameter")
+            for name, b in module.named_buffers():
+                self.named[id(b)] = (prefix + name, "buffer")
+        for name, value in _tensors_of(fn).items():
+            self.named.setdefault(
+                id(value), (name, "parameter" if value.requires_grad else "constant")
+            )
+
+        self.forwards = {forward.__code__ for forward in _forwards(torch.autograd.Function)}
+
+    def inside_function(self) -> bool:
+        """Whether a custom Function is running its forward, which is one gate."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code is not trace.__code__:
+            if frame.f_code in self.forwards:
+                return True
+            frame = frame.f_back
+        return False
+
+    def watch(self) -> _Watch:
+        return _Watch(self)
+
+    # ---- nodes
+
+    def add(self, name: str, kind: str, operation: str = "", source: str | None = None) -> Node:
+        self.taken.add(name)
+        node = Node(len(self.nodes), name, kind, operation, source)
+        self.nodes.append(node)
+        return node
+
+    def numbered(self, name: str) -> str:
+        """The name with the first number that makes it a new one."""
+        while True:
+            self.counts[name] = self.counts.get(name, 0) + 1
+            result = f"{name}{self.counts[name]}"
+            if result not in self.taken:
+                return result
+
+    def add_leaf(self, value: Tensor, name: str, kind: str) -> int:
+        if name in self.taken:
+            name = self.numbered(name + "_")
+        node = self.add(name, kind)
+        node.values, node.upstreams = [Held.of(value)], [None]
+        self.leaves[id(value)] = value, node.id
+        self.sources[id(value)] = value, value.grad_fn, node.id, 0
+        return node.id
+
+    def leaf_of(self, value: Tensor) -> int:
+        """The node of a tensor that nothing computed here."""
+        if id(value) in self.leaves:
+            return self.leaves[id(value)][1]
+        name, kind = self.named.get(id(value), (None, "constant"))
+        if name is None:
+            kind = "parameter" if value.requires_grad else "constant"
+            name = self.numbered("leaf" if value.requires_grad else "constant")
+        return self.add_leaf(value, name, kind)
+
+    def source_of(self, value: Tensor) -> tuple[int, int]:
+        """The node that a tensor is a value of, and which."""
+        grad_fn = value.grad_fn
+        known = self.sources.get(id(value))
+        if known is not None and known[0] is value and known[1] is grad_fn:
+            return known[2], known[3]
+        if grad_fn is None:
+            return self.leaf_of(value), 0
+        gate = self.gate_of(grad_fn)
+        return gate.node.id, self.result(gate, grad_fn, value.output_nr, value)
+
+    def result(self, gate: _Gate, grad_fn: Any, number: int, value: Tensor | None) -> int:
+        """Which output of a gate an output of an autograd node is; a new one if need be."""
+        if (grad_fn, number) in gate.results:
+            place = gate.results.index((grad_fn, number))
+        else:
+            place = len(gate.results)
+            gate.results.append((grad_fn, number))
+            gate.node.values.append(None)
+            gate.node.upstreams.append(None)
+        if value is not None:
+            if gate.node.values[place] is None:
+                gate.node.values[place] = Held.of(value)
+            self.sources[id(value)] = value, grad_fn, gate.node.id, place
+        return place
+
+    # ---- gates
+
+    def gate_of(self, grad_fn: Any) -> _Gate:
+        """The gate of an autograd node: one of its own, if no call was seen to make it."""
+        stack = [grad_fn]
+        while stack:
+            top = stack[-1]
+            missing = [
+                fn
+                for fn, _ in top.next_functions
+                if fn is not None and fn not in self.owner and not _is_leaf(fn)
+            ]
+            if top in self.owner:
+                stack.pop()
+            elif missing:
+                stack += missing
+            else:
+                self.own_gate(stack.pop())
+        return self.owner[grad_fn]
+
+    def own_gate(self, grad_fn: Any) -> None:
+        name = grad_fn.name().rpartition("::")[2]
+        for end in ("Backward0", "Backward1", "Backward2", "Backward"):
+            name = name.removesuffix(end)
+        operation = canonical(name)
+        gate = self.new_gate(operation, None)
+        self.claim(gate, grad_fn)
+        for argument, (fn, number) in enumerate(grad_fn.next_functions):
+            if fn is None:
+                continue
+            if _is_leaf(fn):
+                source, output = self.leaf_of(fn.variable), 0
+            else:
+                producer = self.owner[fn]
+                source, output = producer.node.id, self.result(producer, fn, number, None)
+            self.connect(gate, source, output, argument, (fn, number))
+        for value in self.fresh:
+            if value.grad_fn is grad_fn:
+                self.result(gate, grad_fn, value.output_nr, value)
+
+    def new_gate(self, operation: str, source: str | None) -> _Gate:
+        gate = _Gate(self.add(self.numbered(operation), "gate", operation, source))
+        self.gates[gate.node.id] = gate
+        return gate
+
+    def claim(self, gate: _Gate, grad_fn: Any) -> None:
+        self.owner[grad_fn] = gate
+        gate.members.append(grad_fn)
+
+    def connect(
+        self,
+        gate: _Gate,
+        source: int,
+        output: int,
+        argument: int,
+        target: tuple[Any, int] | None,
+        paths: int = 1,
+    ) -> None:
+        edge = Edge(source, gate.node.id, argument, output)
+        self.edges.append(edge)
+        gate.operands.append(_Operand(edge, target, paths))
+        if target is not None:
+            self.nodes[source].uses += 1
+
+    def call(
+        self,
+        name: str,
+        source: str | None,
+        arguments: list[Tensor],
+        origins: list[tuple[int, int]],
+        targets: list[tuple[Any, int] | None],
+        results: list[Tensor],
+    ) -> _Gate:
+        """A call that was seen: its new autograd nodes are one gate."""
+        gate = self.new_gate(canonical(name), source)
+        gate.arguments = arguments
+        stack = [value.grad_fn for value in results if value.grad_fn is not None]
+        while stack:
+            fn = stack.pop()
+            if fn in self.owner or _is_leaf(fn):
+                continue
+            self.claim(gate, fn)
+            stack += [below for below, _ in fn.next_functions if below is not None]
+        # An operand has a gradient if an edge leaves the gate for it.
+        leaving = [
+            (fn, number)
+            for member in gate.members
+            for fn, number in member.next_functions
+            if fn is not None and self.owner.get(fn) is not gate
+        ]
+        for argument, ((node, output), target) in enumerate(zip(origins, targets, strict=True)):
+            paths = 0
+            while target in leaving and (paths == 0 or target not in targets[argument + 1 :]):
+                leaving.remove(target)
+                paths += 1
+            self.connect(gate, node, output, argument, target if paths else None, paths)
+        for fn, number in leaving:  # operands that are no arguments of the call
+            if _is_leaf(fn):
+                self.connect(gate, self.leaf_of(fn.variable), 0, len(gate.operands), (fn, number))
+            else:
+                producer = self.gate_of(fn)
+                place = self.result(producer, fn, number, None)
+                self.connect(gate, producer.node.id, place, len(gate.operands), (fn, number))
+        for value in results:
+            if value.grad_fn is not None and self.owner.get(value.grad_fn) is gate:
+                self.result(gate, value.grad_fn, value.output_nr, value)
+            else:
+                place = len(gate.results)
+                gate.results.append(None)
+                gate.node.values.append(Held.of(value))
+                gate.node.upstreams.append(None)
+                self.sources[id(value)] = value, value.grad_fn, gate.node.id, place
+        return gate
+
+    # ---- backward
+
+    def differentiate(self, outputs: list[Tensor], grad_output: Any) -> Ledger:
+        roots, given = _upstream(outputs, grad_output)
+        wanted = [(leaf, number) for leaf, number in self.leaves.values() if leaf.requires_grad]
+        arrived: dict[Any, tuple[Any, Any]] = {}
+
+        def watch(fn: Any) -> Any:
+            def hook(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
+                arrived[fn] = _copies(grad_inputs), _copies(grad_outputs)
+
+            return fn.register_hook(hook)
+
+        hooks = [watch(fn) for fn in self.owner]
+        try:
+            grads = torch.autograd.grad(
+                roots, [leaf for leaf, _ in wanted], given, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"trace: autograd cannot differentiate this: {error}") from error
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for (_, number), grad in zip(wanted, grads, strict=True):
+            if grad is not None:
+                self.nodes[number].upstreams[0] = Held.of(grad)
+        for gate in self.gates.values():
+            self.settle(gate, arrived)
+        found: dict[str, Tensor | None] = {
+            self.nodes[number].name: None if grad is None else grad.detach()
+            for (_, number), grad in zip(wanted, grads, strict=True)
+        }
+        for name in self.trained:
+            found.setdefault(name, None)
+        return Ledger(
+            self.nodes,
+            self.edges,
+            found,
+            [self.source_of(value)[0] for value in outputs],
+        )
+
+    def settle(self, gate: _Gate, arrived: dict[Any, tuple[Any, Any]]) -> None:
+        """Upstream gradients, local gradients and products of a gate."""
+        node = gate.node
+        for place, result in enumerate(gate.results):
+            if result is not None and result[0] in arrived:
+                upstream = arrived[result[0]][1][result[1]]
+                node.upstreams[place] = None if upstream is None else Held.of(upstream)
+        leaving: dict[tuple[Any, int], list[Tensor | None]] = {}
+        for member in gate.members:
+            grads = arrived.get(member, ((), ()))[0]
+            for target, grad in zip(member.next_functions, grads, strict=False):
+                leaving.setdefault(target, []).append(grad)
+        differentiated = [operand for operand in gate.operands if operand.target is not None]
+        node.pattern = pattern_of(node.operation, len(differentiated))
+        local = self.local(gate, differentiated)
+        for operand in differentiated:
+            edge = operand.edge
+            edge.product = _taken(leaving, operand)
+            edge.local = local.get(id(edge))
+            if edge.local is None:
+                edge.rule = rule_of(node.operation, edge.argument)
+            value, source = node.value, self.nodes[edge.source].values[edge.output]
+            if value is not None and source is not None:
+                edge.jacobian_shape = (*value.shape, *source.shape)
+                edge.jacobian_bytes = math.prod(edge.jacobian_shape) * value.dtype.itemsize
+
+    def local(self, gate: _Gate, operands: list[_Operand]) -> dict[int, Held]:
+        """The local gradients of an elementwise gate, as tensors, by the ids of edges."""
+        node = gate.node
+        if node.operation not in ELEMENTWISE or node.value is None or not operands:
+            return {}
+        if len(node.values) > 1:
+            return {}
+        values = [self.nodes[o.edge.source].values[o.edge.output] for o in operands]
+        if any(v is not None and v.dtype.is_complex for v in (node.value, *values)):
+            return {}  # the gradient of a complex number is no product with one number
+        shape = node.value.shape
+        if len(gate.members) > 1 or any(v is None or v.shape != shape for v in values):
+            return self.local_of_each(gate, operands)
+        (member,) = gate.members
+        ones = torch.ones(shape, dtype=node.value.dtype)
+        found: dict[tuple[Any, int], list[Tensor | None]] = {}
+        for target, grad in zip(member.next_functions, _grads_of(member, ones), strict=True):
+            found.setdefault(target, []).append(grad)
+        held = {id(operand.edge): _taken(found, operand) for operand in operands}
+        return {key: value for key, value in held.items() if value is not None}
+
+    def local_of_each(self, gate: _Gate, operands: list[_Operand]) -> dict[int, Held]:
+        """The same where operands are broadcast, or several autograd nodes are the gate: from the
+        gate computed again."""
+        edges = [operand.edge for operand in operands]
+        given = len(gate.arguments)
+        if (
+            gate.repeat is None
+            or gate.node.value is None
+            or any(e.argument >= given for e in edges)
+        ):
+            return {}
+        shape = gate.node.value.shape
+        arguments = [
+            value.detach().expand(shape).clone() if value.is_floating_point() else value
+            for value in gate.arguments
+        ]
+        chosen = [arguments[edge.argument].requires_grad_() for edge in edges]
+        result = gate.repeat(arguments)
+        if not isinstance(result, Tensor) or result.shape != shape:
+            return {}
+        grads = torch.autograd.grad(result, chosen, torch.ones_like(result), allow_unused=True)
+        pairs = zip(edges, grads, strict=True)
+        return {id(edge): Held.of(grad) for edge, grad in pairs if grad is not None}
+
+
+def _copies(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if grad is None else grad.detach().clone() for grad in grads)
+
+
+def _taken(grads: dict[tuple[Any, int], list[Tensor | None]], operand: _Operand) -> Held | None:
+    """The gradient of an operand, added up over its paths; those are taken from `grads`."""
+    assert operand.target is not None
+    arrived = grads.get(operand.target, [])
+    mine = [grad for grad in arrived[: operand.paths] if grad is not None]
+    del arrived[: operand.paths]
+    if not mine:
+        return None
+    total = mine[0]
+    for grad in mine[1:]:
+        total = total + grad
+    return Held.of(total)
+
+
+@torch.no_grad()
+def _grads_of(node: Any, upstream: Tensor) -> Sequence[Tensor | None]:
+    """What an autograd node with one output hands on, for each of its `next_functions`."""
+    if not isinstance(node, BackwardCFunction):
+        grads = node(upstream)
+        return grads if isinstance(grads, tuple) else (grads,)
+    grads = node.apply(upstream)  # type: ignore[attr-defined]
+    grads = iter(grads if isinstance(grads, tuple) else (grads,))
+    needed = iter([grad for grad, need in zip(grads, node.needs_input_grad, strict=False) if need])
+    return [None if fn is None else next(needed) for fn, _ in node.next_functions]
+
+
+def _upstream(outputs: list[Tensor], grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that are differentiated, and dL/doutput for each."""
+    roots = [value for value in outputs if value.requires_grad]
+    if not roots:
+        raise ValueError(
+            "trace: fn wants an output that depends on a floating input or parameter through "
+            f"differentiable operations, got {len(outputs)} tensors without a gradient"
+        )
+    if grad_output is None:
+        if len(roots) > 1:
+            raise TypeError(
+                f"trace: grad_output wants a tensor or None for each of {len(outputs)} outputs"
+            )
+        if roots[0].numel() != 1:
+            raise ValueError(
+                "trace: grad_output may be left out for an output of one element alone, "
+                f"got shape {tuple(roots[0].shape)}"
+            )
+        return roots, [torch.ones_like(roots[0])]
+    given = [grad_output] if isinstance(grad_output, Tensor) else list(grad_output)
+    if len(given) == len(roots) < len(outputs):
+        paired = list(zip(roots, given, strict=True))
+    elif len(given) == len(outputs):
+        paired = list(zip(outputs, given, strict=True))
+    else:
+        raise TypeError(
+            f"trace: grad_output wants a tensor or None for each of {len(outputs)} outputs, "
+            f"got {len(given)}"
+        )
+    result = []
+    for value, upstream in paired:
+        if upstream is None:
+            continue
+        if not isinstance(upstream, Tensor):
+            raise TypeError(f"trace: grad_output wants tensors, got {type(upstream).__name__}")
+        if upstream.shape != value.shape:
+            raise ValueError(
+                f"trace: grad_output wants shape {tuple(value.shape)}, got {tuple(upstream.shape)}"
+            )
+        if not value.requires_grad:
+            raise ValueError("trace: grad_output wants None for an output without a gradient")
+        result.append((value, upstream.detach().to(value.dtype)))
+    if not result:
+        raise ValueError("trace: grad_output wants a tensor for one output at least, got None")
+    return [value for value, _ in result], [upstream for _, upstream in result]
+
+
+# ---- the modes that see
+
+#: What only looks at a tensor, or sets a flag.
+_NO_GATE = frozenset(
+    """
+    requires_grad_ retain_grad register_hook detach_ data grad size stride numel dim item
+    tolist is_contiguous backward
+    """.split()  # noqa: SIM905
+)
+
+
+class _Watch:
+    """Records what runs inside."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.modes = _Values(recorder), _Calls(recorder)
+
+    def __enter__(self) -> None:
+        for mode in self.modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+class _Values(TorchDispatchMode):
+    """Keeps what operations return while no torch function runs: a custom Function's values."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # this is no call of the function that is traced
+            result = func(*args, **(kwargs or {}))
+        for value in tree_flatten(result)[0]:
+            if isinstance(value, Tensor):
+                self.recorder.fresh.append(value)
+        return result
+
+
+class _Calls(TorchFunctionMode):
+    """Records each call of a torch function. Those inside it are not seen: a mode is off there."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        name = _name_of(func)
+        if name in _NO_GATE or recorder.inside_function():
+            return func(*args, **kwargs)
+        flat, structure = tree_flatten((args, kwargs))
+        places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        arguments = [flat[i] for i in places]
+        # Who made them, and where their gradients go, before the call changes any of them; where
+        # it changes none, only once it is seen to compute a tensor.
+        changes = _is_in_place(func, kwargs)
+        origins = [recorder.source_of(value) for value in arguments] if changes else []
+        targets = [_gradient_edge(value) for value in arguments]
+        versions = [value._version for value in arguments]
+        earlier, recorder.fresh = recorder.fresh, []
+        result = func(*args, **kwargs)
+        recorder.fresh = earlier
+        results = [
+            value
+            for value in tree_flatten(result)[0]
+            if isinstance(value, Tensor) and not _is_untouched(value, arguments, versions)
+        ]
+        if not results:
+            return result
+        if not changes:
+            origins = [recorder.source_of(value) for value in arguments]
+        recorder.fresh.clear()
+        gate = recorder.call(name, _caller(), arguments, origins, targets, results)
+        if versions == [value._version for value in arguments]:
+
+            def repeat(values: list[Tensor]) -> Any:
+                again = list(flat)
+                for place, value in zip(places, values, strict=True):
+                    again[place] = value
+                args, kwargs = tree_unflatten(again, structure)
+                return func(*args, **kwargs)
+
+            gate.repeat = repeat
+        return result
+
+
+def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call says by its name or by `out` that it writes to an argument."""
+    name = getattr(func, "__name__", "")
+    dunder = name.startswith("__")
+    return "out" in kwargs or (name.endswith("_") and not dunder) or name.startswith("__i")
+
+
+def _is_untouched(value: Tensor, arguments: list[Tensor], versions: list[int]) -> bool:
+    """Whether a result is an argument that the call returned as it was."""
+    return any(
+        value is argument and value._version == version
+        for argument, version in zip(arguments, versions, strict=True)
+    )
+
+
+def _is_leaf(fn: Any) -> bool:
+    """Whether an autograd node is where the gradient of a leaf ends."""
+    return bool(fn.name() == "torch::autograd::AccumulateGrad")
+
+
+def _gradient_edge(value: Tensor) -> tuple[Any, int] | None:
+    if not value.requires_grad:
+        return None
+    edge = torch.autograd.graph.get_gradient_edge(value)
+    return edge.node, edge.output_nr
+
+
+def _name_of(func: Any) -> str:
+    """The last part of a function's name, without what marks a property."""
+    name = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
+    parts = name.split(".")
+    if parts[-1] in ("__get__", "__set__") and len(parts) > 1:
+        return parts[-2]
+    return canonical(parts[-1])
+
+
+def _caller() -> str | None:
+    """File, line and text of the line outside of PyTorch and torchbp that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    own = (torch.__path__[0], __file__)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(own):
+            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            return f"{code.co_filename}:{frame.f_lineno}: {line}" if line else None
+        frame = frame.f_back
+    return None

@@ -506,6 +506,20 @@ def test_nothing_of_the_model_changes() -> None:
     assert not x.requires_grad
 
 
+def test_an_argument_may_be_changed_in_place() -> None:
+    x = torch.tensor([1.0, 2.0])
+    ledger = trace(lambda x: x.mul_(3).square().sum(), x)
+    assert [node.name for node in ledger.nodes] == ["x", "mul1", "square1", "sum1"]
+    assert ledger.grads["x"].tolist() == [18, 36]  # type: ignore[union-attr]
+    assert x.tolist() == [1, 2]
+
+
+def test_the_random_state_is_put_back() -> None:
+    before = torch.get_rng_state()
+    trace(lambda x: TF.dropout(x).sum(), torch.randn(9, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_names() -> None:
     model = nn.Linear(2, 1)
 

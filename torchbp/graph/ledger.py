@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -10,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from .text import dtype_name, render
 
 __all__ = ["Edge", "Held", "Ledger", "Node"]
 
@@ -88,7 +88,7 @@ class Held:
         numbers = self.sample if self.tensor is None else self.tensor
         return {
             "shape": list(self.shape),
-            "dtype": _dtype(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "min": _number(self.min),
             "max": _number(self.max),
             "mean": _number(self.mean),
@@ -265,9 +265,7 @@ class Ledger:
         return self.table()
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=160).print(self.table())
-        return text.getvalue()
+        return render(self.table(), 160)
 
     def __repr__(self) -> str:
         gates = sum(node.kind == "gate" for node in self.nodes)
@@ -282,10 +280,6 @@ def _pattern(node: Node) -> str:
     """The gate's, and that of the fork behind it."""
     names = [*([node.pattern] if node.pattern else []), *(["adder"] if node.uses > 1 else [])]
     return ", ".join(names)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ import inspect
 import linecache
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType, FunctionType
 from typing import Any
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .calling import arguments, captured, check_function, unchanged
 from .ledger import Edge, Held, Ledger, Node
 from .operations import ELEMENTWISE, canonical, pattern_of, rule_of
 
@@ -45,7 +46,7 @@ def trace(
 
     Any function of torch operations, torchbp's or custom Functions, or a module. Each call of a
     torch function is a gate, and so is each custom Function. Nothing outside changes: inputs are
-    copied, buffers put back, and no `.grad` is touched; random numbers are drawn as in any call.
+    copied, buffers and the random state are put back, and no `.grad` is touched.
 
     Args:
         fn: a function or module.
@@ -67,116 +68,18 @@ def trace(
         >>> {name: grad.item() for name, grad in ledger.grads.items()}
         {'x': -4.0, 'y': -4.0, 'z': 3.0}
     """
-    if not callable(fn):
-        raise TypeError(f"trace: fn wants a function or module, got {type(fn).__name__}")
-    flat, structure = tree_flatten(inputs)
-    leaves = [_leaf(value) if isinstance(value, Tensor) else value for value in flat]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    recorder = _Recorder(fn)
-    for name, leaf in zip(_input_names(fn, inputs, names), tensors, strict=True):
-        recorder.add_leaf(leaf, name, "input")
-    with _unchanged(recorder.modules), torch.enable_grad():
+    check_function("trace", fn)
+    with unchanged(fn, inputs):
+        given, leaves, copies = arguments(fn, inputs, lambda _: True)
+        recorder = _Recorder(fn)
+        for (path, copy), name in zip(copies.items(), _names(names, list(copies)), strict=True):
+            recorder.add_input(copy, leaves.get(path), name)
         with recorder.watch():
-            output = fn(*tree_unflatten(leaves, structure))
+            output = fn(*given)
         outputs = [value for value in tree_flatten(output)[0] if isinstance(value, Tensor)]
         for value in outputs:
             recorder.source_of(value)
         return recorder.differentiate(outputs, grad_output)
-
-
-# ---- what goes in
-
-
-def _leaf(value: Tensor) -> Tensor:
-    """A copy of an input, which requires grad if it can."""
-    copy = value.detach().clone()
-    differentiable = copy.is_floating_point() or copy.is_complex()
-    return copy.requires_grad_() if differentiable else copy
-
-
-def _input_names(fn: Function, inputs: tuple[Any, ...], names: Sequence[str] | None) -> list[str]:
-    """A name for each tensor among the inputs."""
-    counts = [sum(isinstance(v, Tensor) for v in tree_flatten(value)[0]) for value in inputs]
-    if names is not None:
-        names = list(names)
-        if len(names) != sum(counts) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"trace: names wants {sum(counts)} strings, got {names}")
-        if len(set(names)) < len(names):
-            raise TypeError(f"trace: names wants each name once, got {names}")
-        return names
-    try:
-        call = fn.forward if isinstance(fn, nn.Module) else fn
-        parameters = list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):  # a built-in function
-        parameters = []
-    given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    given += [f"x{i}" for i in range(len(given), len(inputs))]
-    result: list[str] = []
-    for name, count in zip(given, counts, strict=False):
-        result += [name] if count == 1 else [f"{name}{i}" for i in range(count)]
-    return result
-
-
-def _modules_of(fn: Function) -> dict[str, nn.Module]:
-    """The modules that a function holds, with a prefix for the names of their parameters."""
-    if isinstance(fn, nn.Module):
-        return {"": fn}
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return {"": owner}
-    found: dict[str, Any] = {}
-    inner = inspect.unwrap(fn)
-    if inspect.isfunction(inner):
-        variables = inspect.getclosurevars(inner)
-        found = {**variables.globals, **variables.nonlocals}
-    return {f"{name}.": value for name, value in found.items() if isinstance(value, nn.Module)}
-
-
-def _forwards(function: type) -> Iterator[FunctionType]:
-    """What every custom Function that there is runs in its forward pass."""
-    kind: Any
-    for kind in function.__subclasses__():
-        for method in (kind.forward, kind.setup_context):
-            if isinstance(inspect.unwrap(method), FunctionType):
-                yield inspect.unwrap(method)
-        yield from _forwards(kind)
-
-
-def _tensors_of(fn: Function) -> dict[str, Tensor]:
-    """The tensors that a function holds, by the names it has for them."""
-    inner = inspect.unwrap(fn)
-    if not inspect.isfunction(inner):
-        return {}
-    variables = inspect.getclosurevars(inner)
-    held = {**variables.globals, **variables.nonlocals}
-    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
-
-
-class _unchanged:
-    """Puts back the buffers of modules, which a forward pass in training mode may change."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.modules = {id(m): m for module in modules for m in module.modules()}.values()
-
-    def __enter__(self) -> None:
-        self.before = [
-            (
-                module,
-                dict(module._buffers),
-                {k: b.clone() for k, b in module._buffers.items() if b is not None},
-            )
-            for module in self.modules
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for module, buffers, values in self.before:
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                for name, value in values.items():
-                    buffer = buffers[name]
-                    if buffer is not None and not torch.equal(buffer, value):
-                        buffer.copy_(value)
 
 
 # ---- what is seen
@@ -211,6 +114,16 @@ class _Gate:
         self.arguments: list[Tensor] = []
 
 
+def _forwards(function: type) -> Iterator[FunctionType]:
+    """What every custom Function that there is runs in its forward pass."""
+    kind: Any
+    for kind in function.__subclasses__():
+        for method in (kind.forward, kind.setup_context):
+            if isinstance(inspect.unwrap(method), FunctionType):
+                yield inspect.unwrap(method)
+        yield from _forwards(kind)
+
+
 class _Recorder:
     def __init__(self, fn: Function) -> None:
         self.nodes: list[Node] = []
@@ -223,24 +136,19 @@ class _Recorder:
         self.counts: dict[str, int] = {}
         self.taken: set[str] = set()
         self.named: dict[int, tuple[str, str]] = {}
-        modules = _modules_of(fn)
-        self.modules = list(modules.values())
-        self.trained = [
-            prefix + name
-            for prefix, module in modules.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        ]
-        for prefix, module in modules.items():
-            for name, p in module.named_parameters():
-                self.named[id(p)] = (prefix + name, "parameter")
-            for name, b in module.named_buffers():
-                self.named[id(b)] = (prefix + name, "buffer")
-        for name, value in _tensors_of(fn).items():
-            self.named.setdefault(
-                id(value), (name, "parameter" if value.requires_grad else "constant")
-            )
-
+        self.roots: dict[Any, int] = {}  # autograd nodes that are as good as a leaf -> its node
+        self.trained: list[str] = []
+        for path, held in ({"": fn} if isinstance(fn, nn.Module) else captured(fn)).items():
+            if isinstance(held, Tensor):
+                kind = "parameter" if held.requires_grad else "constant"
+                self.named.setdefault(id(held), (path, kind))
+                continue
+            prefix = path and f"{path}."
+            for name, p in held.named_parameters():
+                self.named[id(p)] = prefix + name, "parameter"
+                self.trained += [prefix + name] * p.requires_grad
+            for name, b in held.named_buffers():
+                self.named[id(b)] = prefix + name, "buffer"
         self.forwards = {forward.__code__ for forward in _forwards(torch.autograd.Function)}
 
     def inside_function(self) -> bool:
@@ -279,6 +187,20 @@ class _Recorder:
         self.leaves[id(value)] = value, node.id
         self.sources[id(value)] = value, value.grad_fn, node.id, 0
         return node.id
+
+    def add_input(self, copy: Tensor, leaf: Tensor | None, name: str) -> None:
+        """An argument: the function gets a copy of the leaf, which it may change in place."""
+        number = self.add_leaf(copy if leaf is None else leaf, name, "input")
+        self.sources[id(copy)] = copy, copy.grad_fn, number, 0
+        if copy.grad_fn is not None:
+            self.roots[copy.grad_fn] = number
+
+    def ends(self, fn: Any) -> bool:
+        """Whether an autograd node is where the gradient of a leaf ends."""
+        return fn in self.roots or bool(fn.name() == "torch::autograd::AccumulateGrad")
+
+    def leaf_at(self, fn: Any) -> int:
+        return self.roots[fn] if fn in self.roots else self.leaf_of(fn.variable)
 
     def leaf_of(self, value: Tensor) -> int:
         """The node of a tensor that nothing computed here."""
@@ -326,7 +248,7 @@ class _Recorder:
             missing = [
                 fn
                 for fn, _ in top.next_functions
-                if fn is not None and fn not in self.owner and not _is_leaf(fn)
+                if fn is not None and fn not in self.owner and not self.ends(fn)
             ]
             if top in self.owner:
                 stack.pop()
@@ -346,8 +268,8 @@ class _Recorder:
         for argument, (fn, number) in enumerate(grad_fn.next_functions):
             if fn is None:
                 continue
-            if _is_leaf(fn):
-                source, output = self.leaf_of(fn.variable), 0
+            if self.ends(fn):
+                source, output = self.leaf_at(fn), 0
             else:
                 producer = self.owner[fn]
                 source, output = producer.node.id, self.result(producer, fn, number, None)
@@ -395,7 +317,7 @@ class _Recorder:
         stack = [value.grad_fn for value in results if value.grad_fn is not None]
         while stack:
             fn = stack.pop()
-            if fn in self.owner or _is_leaf(fn):
+            if fn in self.owner or self.ends(fn):
                 continue
             self.claim(gate, fn)
             stack += [below for below, _ in fn.next_functions if below is not None]
@@ -413,8 +335,8 @@ class _Recorder:
                 paths += 1
             self.connect(gate, node, output, argument, target if paths else None, paths)
         for fn, number in leaving:  # operands that are no arguments of the call
-            if _is_leaf(fn):
-                self.connect(gate, self.leaf_of(fn.variable), 0, len(gate.operands), (fn, number))
+            if self.ends(fn):
+                self.connect(gate, self.leaf_at(fn), 0, len(gate.operands), (fn, number))
             else:
                 producer = self.gate_of(fn)
                 place = self.result(producer, fn, number, None)
@@ -559,6 +481,18 @@ def _taken(grads: dict[tuple[Any, int], list[Tensor | None]], operand: _Operand)
     for grad in mine[1:]:
         total = total + grad
     return Held.of(total)
+
+
+def _names(names: Sequence[str] | None, paths: list[str]) -> list[str]:
+    """A name for each tensor among the inputs."""
+    if names is None:
+        return paths
+    names = list(names)
+    if len(names) != len(paths) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"trace: names wants {len(paths)} strings, got {names}")
+    if len(set(names)) < len(names):
+        raise TypeError(f"trace: names wants each name once, got {names}")
+    return names
 
 
 @torch.no_grad()
@@ -724,11 +658,6 @@ def _is_untouched(value: Tensor, arguments: list[Tensor], versions: list[int]) -
         value is argument and value._version == version
         for argument, version in zip(arguments, versions, strict=True)
     )
-
-
-def _is_leaf(fn: Any) -> bool:
-    """Whether an autograd node is where the gradient of a leaf ends."""
-    return bool(fn.name() == "torch::autograd::AccumulateGrad")
 
 
 def _gradient_edge(value: Tensor) -> tuple[Any, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ EXTRAS = {
     "torch in float32": TORCH,
     "torch, shift too": TORCH,
     "torch, our loader": TORCH,
+    "empty Functions": TORCH,
     "torch, DataLoader": TORCH,
     "jax, not waiting": JAX,
 }
@@ -180,6 +181,21 @@ def differentiated_jax(
     return Contestant(run, outputs)
 
 
+class Empty(torch.autograd.Function):
+    """What Python and autograd take for a Function whose kernels take no time: its outputs and
+    gradients are memory that nobody writes."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Sequence[int], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*inputs)
+        return torch.empty(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *(torch.empty_like(x) if need else None for x, need in needed)
+
+
 def function_case(
     name: str,
     about: str,
@@ -208,6 +224,11 @@ def cross_entropy(name: str, rows: int, classes: int, **rest: Any) -> Case:
     logits = torch.randn(rows, classes)
     targets = torch.randint(classes, (rows,))
     size = logits.nbytes
+
+    def nothing_computed() -> Contestant:
+        empty = functools.partial(Empty.apply, ())
+        return replace(differentiated(empty, [logits], [targets]), outputs=dict)
+
     return function_case(
         name,
         f"mean cross-entropy of {rows} x {classes} logits, forward and backward",
@@ -216,6 +237,7 @@ def cross_entropy(name: str, rows: int, classes: int, **rest: Any) -> Case:
         lambda: mean_cross_entropy,
         [logits],
         [targets],
+        extras={"empty Functions": nothing_computed},
         floor=Floor(traffic=[(3 * size, size)]),  # read; read again and write the gradient
         **rest,
     )
@@ -415,6 +437,27 @@ def autograd_steps(sizes: Sequence[int], batches: Batches, library: str) -> Cont
     return Contestant(run, outputs, training.reset)
 
 
+def empty_steps(sizes: Sequence[int], batches: Batches) -> Contestant:
+    """The step of torchbp with Functions that compute nothing, and its optimizer, which does."""
+    training = Training(sizes, OURS)
+    parameters, shape = list(training.model.parameters()), (len(batches[0][0]), sizes[-1])
+
+    def run(mark: Mark) -> None:
+        for x, target in batches:
+            training.optimizer.zero_grad()
+            mark("zero_grad")
+            logits = Empty.apply(shape, x, *parameters)  # type: ignore[no-untyped-call]
+            mark("forward")
+            loss = Empty.apply((), logits, target)  # type: ignore[no-untyped-call]
+            mark("loss")
+            loss.backward()
+            mark("backward")
+            training.optimizer.step()
+            mark("optimizer")
+
+    return Contestant(run, dict, training.reset)
+
+
 def fused_steps(sizes: Sequence[int], batches: Batches) -> Contestant:
     """compile_step; where there are many steps, all of them in one call."""
     training = Training(sizes, OURS)
@@ -521,6 +564,8 @@ def steps(
     contestants[JAX] = lambda: jax_steps(sizes, batches)
     if fused:
         contestants[OURS] = lambda: fused_steps(sizes, batches)
+    else:
+        contestants["empty Functions"] = lambda: empty_steps(sizes, batches)
     if count == 1:
         contestants["jax, not waiting"] = lambda: jax_steps(sizes, batches, wait=False)
     size = 4 * sum(a * b + b for a, b in pairwise(sizes))

@@ -1,0 +1,48 @@
+"""scripts/write_performance.py: docs/performance.md is what the measured times say; drift is seen,
+and a missed goal is never passed over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import write_performance
+from scripts.benchmark_report import GOAL_THREADS, condensed, reached
+
+DOCS = write_performance.ROOT / "docs"
+
+
+def files() -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("benchmark.json", "profile.json")
+    data, profiles = (json.loads((DOCS / name).read_bytes()) for name in names)
+    return data, profiles
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert write_performance.main(["--check"]) == 0
+
+
+def test_every_missed_goal_has_its_reason_and_profile() -> None:
+    data, profiles = files()
+    page = write_performance.page(data, profiles)
+    profiled = {result["case"] for result in profiles["results"]}
+    for result in condensed(data["results"]):
+        fails = any(not fine for _, fine in reached(result).values())
+        missed = result["threads"] == GOAL_THREADS and fails
+        assert (f"### `{result['case']}`" in page) == missed
+        if missed:
+            assert result["case"] in profiled
+            assert result["case"] in write_performance.REASONS
+
+
+def test_drift_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    monkeypatch.setattr(write_performance, "PAGE", page)
+    assert write_performance.main(["--check"]) == 1
+    assert write_performance.main([]) == 0
+    assert page.read_text() == write_performance.page(*files())
+    page.write_text(page.read_text().replace("us", "ms", 1))
+    assert write_performance.main(["--check"]) == 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchbp
 import torchbp.functional as F
@@ -265,6 +266,40 @@ def test_numbers_are_the_kernels_own(operation: str, dtype: torch.dtype) -> None
     assert_same(y, exact_y)
     for node, wanted in zip(graph.inputs, exact, strict=True):
         assert_same(grad(node), wanted)
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of torchbp's operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "torchbp":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_gate_runs_its_own_two_kernels() -> None:
+    graph = ComputationalGraph.from_function(lambda x, y: F.maximum(F.multiply(F.tanh(x), y), x))
+    with Operations() as ran_forward:
+        graph.forward(x=1, y=2)
+    assert ran_forward.names == ["tanh", "multiply", "maximum"]
+    with Operations() as ran_backward:
+        graph.backward()
+    assert ran_backward.names == ["maximum_backward", "multiply_backward", "tanh_backward"]
+
+
+def test_a_deep_graph() -> None:
+    """No recursion: two thousand gates in a row."""
+    graph = ComputationalGraph()
+    node = graph.input("x")
+    for _ in range(2000):
+        node = node + 1
+    assert graph.forward(x=0).item() == 2000
+    graph.backward()
+    assert grad(graph["x"]).item() == 1
 
 
 RANDOM_GATES = [name for name in ROWS if name not in ("exp", "reciprocal")]

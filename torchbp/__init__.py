@@ -7,7 +7,7 @@ holds the `torch.autograd.Function` classes, `torchbp.functional` and `torchbp.n
 
 from __future__ import annotations
 
-from . import functional, functions, nn, optim
+from . import functional, functions, graph, nn, optim
 from .convert import convert
 from .functions.table import ROWS, cpu_level
 from .optim import compile_step
@@ -21,6 +21,7 @@ __all__ = [
     "cpu_level",
     "functional",
     "functions",
+    "graph",
     "nn",
     "optim",
 ]

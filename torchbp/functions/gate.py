@@ -240,7 +240,7 @@ class Gate(Function):
                 return cls._record(*args)
             return cls.forward(*args)
         except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
-            if not kwargs:
+            if not kwargs and not any(map(_stands_in, args)):
                 cls.check(*args)  # says it better, if it is the input that is bad
             raise
 
@@ -258,6 +258,11 @@ def call(function: type[Gate], *inputs: Any) -> Any:
         if not (torch.is_grad_enabled() and _requires_grad(inputs)):
             return function.forward(*inputs)
     return function.apply(*inputs)
+
+
+def _stands_in(value: Any) -> bool:
+    """Whether it is no tensor and yet called in place of one, which it can refuse itself."""
+    return hasattr(value, "__torch_function__") and not isinstance(value, Tensor)
 
 
 def _requires_grad(inputs: tuple[Any, ...]) -> bool:

@@ -122,7 +122,8 @@ def test_a_run(run: tuple[str, dict[str, Any], Path]) -> None:
     for found in data["results"]:
         assert found["threads"] == 1
         assert found["skipped"] == {}
-        assert found["contestants"].keys() == {OURS, TORCH}
+        extras = {"empty Functions"} if found["case"] == "ce_8192x10" else set()
+        assert found["contestants"].keys() == {OURS, TORCH, *extras}
         for row in found["contestants"].values():
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
             assert row["ratio"] > 0

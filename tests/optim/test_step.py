@@ -65,6 +65,11 @@ def autograd_step(
     return loss.detach()
 
 
+def either(compiled: bool, step: CompiledStep, x: Tensor, target: Tensor) -> Tensor:
+    """A step by `step`, or by autograd with its model and optimizer."""
+    return step(x, target) if compiled else autograd_step(step.model, step.optimizer, x, target)
+
+
 def values(model: torch.nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -266,10 +271,7 @@ def test_hyperparameters_are_read_in_every_step(rule: str, options: dict[str, An
             group["lr"] = torch.tensor(0.01 * (i + 1)) if i % 2 else 0.01 * (i + 1)
             group["weight_decay"] = 0.1 / (i + 1)
             group["maximize"] = i == 5
-            if compiled:
-                step(x, target)
-            else:
-                autograd_step(model, optimizer, x, target)
+            either(compiled, step, x, target)
         results.append(values(model))
     assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
 
@@ -295,10 +297,7 @@ def test_groups(rule: str, options: dict[str, Any]) -> None:
         optimizer = getattr(torch.optim, rule)(groups, **options)
         step = compile_step(model, optimizer)
         for x, target in data:
-            if compiled:
-                step(x, target)
-            else:
-                autograd_step(model, optimizer, x, target)
+            either(compiled, step, x, target)
         results.append(everything(model, optimizer))
     assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
 
@@ -323,10 +322,7 @@ def test_frozen_layers(rule: str, options: dict[str, Any]) -> None:
                 model[0].requires_grad_()
             if i == 7:
                 model[4].requires_grad_(False)
-            if compiled:
-                step(x, target)
-            else:
-                autograd_step(model, optimizer, x, target)
+            either(compiled, step, x, target)
         results.append(everything(model, optimizer))
     assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
 

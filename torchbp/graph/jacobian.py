@@ -6,27 +6,19 @@ be looked at all the same, where it is small enough.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import adaptive_max_pool2d
 from torch.utils import _pytree as pytree
-from torch.utils import benchmark
 
 from .calling import (
     arguments,
@@ -39,6 +31,9 @@ from .calling import (
 )
 from .text import dims, dtype_name, duration, render, size, table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Costs", "Jacobian", "Jacobians", "jacobian"]
 
 Layout = Literal["torch", "lecture"]
@@ -46,8 +41,6 @@ Structure = Literal["zero", "diagonal", "block diagonal by row", "dense", "unkno
 
 # Elements of the upstream and downstream gradients that one batch of rows may take.
 _BATCH = 2**23
-# Cells of a picture along one side; what is larger is drawn coarser.
-_CELLS = 256
 
 
 def jacobian(
@@ -365,13 +358,10 @@ class Jacobians:
             'dy/dx: 16 B, diagonal'
         """
         _check_layout(layout)
-        inputs = list(dict.fromkeys(entry.input for entry in self.entries))
-        outputs = list(dict.fromkeys(entry.output for entry in self.entries))
-        columns = len(inputs)
-        figure = Figure(figsize=(4.2 * columns, 3.8 * len(outputs) + 0.2), layout="constrained")
-        grid = figure.subplots(len(outputs), columns, squeeze=False)
-        for entry in self.entries:
-            _draw(grid[outputs.index(entry.output)][inputs.index(entry.input)], entry, layout)
+        # matplotlib takes longer to import than all the rest.
+        from .jacobian_plot import plot
+
+        figure = plot(self.entries, layout)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -442,6 +432,8 @@ def _check_layout(layout: str) -> None:
 
 
 def _median(run: Callable[[], Any], min_run_time: float) -> float:
+    from torch.utils import benchmark  # slow to import
+
     timer = benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
 
@@ -511,74 +503,3 @@ def _structure(entry: Jacobian) -> tuple[Structure, str]:
     except _NotFinite:
         return "unknown", f"gradient {probes} of random upstream gradients was not finite"
     return structure, f"{probes} random upstream gradient{'s' if probes > 1 else ''}"
-
-
-# ---- pictures ------------------------------------------------------------------------------------
-
-# The smallest entry has a tint of its own: white is nothing at all.
-_MINUS, _PLUS = ("#c2410c", "#fbdccd"), ("#cfe0ec", "#2f6f9f")
-_SIGNED = LinearSegmentedColormap.from_list(
-    "signed", list(zip((0, 0.5, 0.5, 1), _MINUS + _PLUS, strict=True))
-)
-_UNSIGNED = LinearSegmentedColormap.from_list("unsigned", _PLUS)
-_INK = "#333333"
-
-
-def _draw(axes: Axes, entry: Jacobian, layout: Layout) -> None:
-    """The pattern of one Jacobian: colour where there is an entry, white where there is none."""
-    axes.set_title(f"{entry.name}: {size(entry.bytes)}, {entry.structure}", fontsize=10, color=_INK)
-    sides = [
-        (entry.output, entry.output_shape),
-        (entry.input, entry.input_shape),
-    ]
-    down, across = sides if layout == "torch" else sides[::-1]
-    axes.set_ylabel(f"{down[0]} {dims(down[1])}")
-    axes.set_xlabel(f"{across[0]} {dims(across[1])}")
-    count = down[1].numel(), across[1].numel()
-    if entry.bytes > entry.budget or entry._x.is_meta or not all(count):
-        why = (
-            "above the budget"
-            if entry.bytes > entry.budget
-            else "on meta"
-            if all(count)
-            else "empty"
-        )
-        axes.set(xticks=[], yticks=[])
-        axes.text(
-            0.5,
-            0.5,
-            f"{count[0]:,} x {count[1]:,}\n{size(entry.bytes)}\n{why}",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-            color=_INK,
-        )
-        return
-    values = entry.explicit().reshape(sides[0][1].numel(), -1).detach().float().cpu()
-    values = values if layout == "torch" else values.t()
-    coarse = max(count) > _CELLS
-    if coarse:
-        cells = min(_CELLS, count[0]), min(_CELLS, count[1])
-        values = adaptive_max_pool2d(values.abs()[None], cells)[0]
-    largest = values[values.isfinite()].abs().max().item() if values.isfinite().any() else 0.0
-    top = largest or 1.0
-    colours = values.nan_to_num(nan=top, posinf=top, neginf=-top)
-    picture = axes.imshow(
-        np.ma.masked_equal(colours.numpy(), 0),
-        cmap=_UNSIGNED if coarse else _SIGNED,
-        vmin=0 if coarse else -top,
-        vmax=top,
-        interpolation="nearest",
-        extent=(-0.5, count[1] - 0.5, count[0] - 0.5, -0.5),
-        aspect="equal" if max(count) <= 4 * min(count) else "auto",
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if max(count) <= 12:
-        cells_of = itertools.product(range(count[0]), range(count[1]))
-        for (i, j), value in zip(cells_of, values.flatten().tolist(), strict=True):
-            if value:
-                ink = "white" if not abs(value) <= 0.6 * top else _INK
-                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)
-    label = "largest |entry| of a cell" if coarse else "entry"
-    axes.figure.colorbar(picture, ax=axes, shrink=0.85, label=label)

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch.utils import benchmark
 
 __all__ = ["dims", "dtype_name", "duration", "render", "size", "table"]
 
@@ -35,6 +34,8 @@ def duration(seconds: float) -> str:
         >>> duration(2.2e-05), duration(0.3301)
         ('22 us', '330 ms')
     """
+    from torch.utils import benchmark  # slow to import
+
     unit, scale = benchmark.select_unit(seconds)
     return f"{seconds / scale:.3g} {unit}"
 

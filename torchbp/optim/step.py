@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
@@ -529,7 +530,8 @@ class CompiledStep:
             raise ValueError(f"{_OP}: scheduler wants that of the step's optimizer, got another")
 
 
-@torch.compiler.disable
+# As torch.compiler.disable, which would import the compiler, a second's work, here and now.
+@_disable_dynamo
 def _outside_of_the_graph(step: CompiledStep, x: Tensor, target: Tensor) -> Tensor:
     """The step where torch.compile traces the call: it is compiled already."""
     return step(x, target)

@@ -12,9 +12,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .text import dtype_name, render
+from .text import dtype_name, number, render
 
-__all__ = ["Edge", "Held", "Ledger", "Node"]
+__all__ = ["Edge", "Held", "Ledger", "Node", "pattern"]
 
 #: Elements up to which a tensor is held as it is.
 WHOLE = 1024
@@ -99,10 +99,10 @@ class Held:
 
     def __str__(self) -> str:
         if self.numel == 1:
-            return _short(self.sample.item())
+            return number(self.sample.item())
         if self.tensor is not None and self.numel <= 4:
             return str(_rounded(self.tensor.tolist()))
-        return f"{list(self.shape)} {_short(self.min)} .. {_short(self.max)}"
+        return f"{list(self.shape)} {number(self.min)} .. {number(self.max)}"
 
 
 @dataclass
@@ -242,12 +242,12 @@ class Ledger:
             first = [node.name, _cell(node.value), _cell(node.upstream)]
             operands = list(self.operands(node))
             if not operands:
-                table.add_row(*first, "", "", "", _pattern(node))
+                table.add_row(*first, "", "", "", pattern(node))
             for edge in operands:
                 local = _cell(edge.local) or edge.rule or ""
                 source = self.nodes[edge.source].name
-                pattern = _pattern(node) if edge is operands[0] else ""
-                table.add_row(*first, source, local, _cell(edge.product), pattern)
+                last = pattern(node) if edge is operands[0] else ""
+                table.add_row(*first, source, local, _cell(edge.product), last)
                 first = ["", "", ""]
         return table
 
@@ -276,20 +276,16 @@ def _cell(held: Held | None) -> str:
     return "" if held is None else str(held)
 
 
-def _pattern(node: Node) -> str:
+def pattern(node: Node) -> str:
     """The gate's, and that of the fork behind it."""
     names = [*([node.pattern] if node.pattern else []), *(["adder"] if node.uses > 1 else [])]
     return ", ".join(names)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(number(value)) if isinstance(value, float) else value
 
 
 def _number(value: Any) -> Any:

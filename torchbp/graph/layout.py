@@ -14,11 +14,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["Layout", "Size", "layout"]
 
 Point = tuple[float, float]
 Pair = tuple[int, int]
+Ranking = Literal["minimize", "down"]
 
 #: The page that a graph is to fit on, in the units of the sizes.
 PAGE = (1040.0, 620.0)
@@ -116,8 +118,13 @@ def _widest(sizes: Sequence[Size]) -> tuple[float, float, float]:
     )
 
 
-def _positions(edges: Sequence[Pair]) -> list[dict[int, Point]]:
-    """Of each connected part: for each node its layer (from 0), and its place across."""
+def _positions(edges: Sequence[Pair], ranking: Ranking = "minimize") -> list[dict[int, Point]]:
+    """Of each connected part: for each node its layer (from 0), and its place across.
+
+    "minimize" makes edges short and wants each of them once, or it may never return; "down" puts
+    each node as near to the last layer as may be, and an edge that is there several times is kept
+    the straighter.
+    """
     try:
         from fast_sugiyama import from_edges
     except ImportError:
@@ -129,7 +136,7 @@ def _positions(edges: Sequence[Pair]) -> list[dict[int, Point]]:
         edges,
         vertex_spacing=1,
         dummy_vertices=False,
-        ranking_type="minimize",
+        ranking_type=ranking,
         crossing_minimization="barycenter",
         transpose=True,
     )
@@ -195,6 +202,7 @@ class _Rows:
         pitch: float,
     ) -> None:
         self.sizes, self.edges, self.pitch, self.cuts = sizes, edges, pitch, cuts
+        self.computed = {target for _, target in edges}
         self.middles = [0.0] * len(sizes)  # x of each body
         self.row_of = [
             max(row for row, cut in enumerate(cuts[:-1]) if cut <= layer) for layer in layers
@@ -206,19 +214,18 @@ class _Rows:
         """A node without operands that is used in later rows alone stands in the first of them,
         in the layer before, where edges of earlier rows come in."""
         used: dict[int, list[int]] = defaultdict(list)
-        computed = {target for _, target in self.edges}
         for source, target in self.edges:
             used[source].append(target)
         for source, targets in used.items():
             row = min(self.row_of[target] for target in targets)
-            if source not in computed and row > self.row_of[source]:
+            if source not in self.computed and row > self.row_of[source]:
                 self.row_of[source] = row
                 self.layers[source] = self.cuts[row] - 1
 
     def layout(self) -> Layout:
         rows = len(self.cuts) - 1
         spots: list[list[_Spot]] = [[] for _ in range(rows)]
-        links: list[list[Pair]] = [[] for _ in range(rows)]
+        links: list[dict[Pair, int]] = [{} for _ in range(rows)]  # with weights
         at: list[list[int]] = [[] for _ in range(rows)]  # the layer of each spot
         of_node: dict[int, _Spot] = {}
         through: dict[tuple[int, int, int], int] = {}  # an edge that passes, at a row and layer
@@ -253,12 +260,13 @@ class _Rows:
             passes[source, target] = way
             whole = [(first[0], numbers[source]), *way, (last[0], numbers[target])]
             for (row, one), (other, two) in itertools.pairwise(whole):
-                if row == other and (one, two) not in links[row]:
-                    links[row].append((one, two))
+                if row == other:
+                    # What is computed has more say in where its gate stands than a parameter.
+                    links[row][one, two] = 3 if source in self.computed else 1
 
         top, width, rights = 0.0, 0.0, []
         for row in range(rows):
-            height = self.place(spots[row], links[row])
+            height = self.place(spots[row], at[row], links[row])
             right = self.across(spots[row], at[row], row)
             # The edges that come from the row above run between both.
             lines = sum(
@@ -297,11 +305,13 @@ class _Rows:
             height=top,
         )
 
-    def place(self, spots: list[_Spot], links: list[Pair]) -> float:
+    def place(self, spots: list[_Spot], at: list[int], links: dict[Pair, int]) -> float:
         """Give the spots of a row their y, counted from its top; returns its height."""
         top = 0.0
         linked = {number for link in links for number in link}
-        parts = _positions(links)
+        parts = _positions([link for link in links for _ in range(links[link])], "down")
+        if any(len({at[i] - round(layer) for i, (layer, _) in p.items()}) > 1 for p in parts):
+            parts = _positions(list(links))  # a gate that nobody uses went to the last layer
         parts += [{number: (0, 0.0)} for number in range(len(spots)) if number not in linked]
         for part in parts:
             for number, (_, across) in part.items():

@@ -23,7 +23,7 @@ Pair = tuple[int, int]
 Ranking = Literal["minimize", "down"]
 
 #: The page that a graph is to fit on, in the units of the sizes.
-PAGE = (1040.0, 620.0)
+PAGE = 1040.0, 620.0
 #: How much smaller than it is a graph may be shown before it goes on in a next row.
 SMALLEST = 0.8
 #: Between layers, where edges bend.
@@ -65,7 +65,11 @@ class Layout:
 
 
 def layout(
-    sizes: Sequence[Size], edges: Sequence[Pair], pitch: float, flush: bool = False
+    sizes: Sequence[Size],
+    edges: Sequence[Pair],
+    pitch: float,
+    flush: bool = False,
+    page: Point = PAGE,
 ) -> Layout:
     """Lay out a graph without cycles.
 
@@ -74,6 +78,7 @@ def layout(
         edges: (source, target), places in `sizes`; several between two nodes are one.
         pitch: from the middle of a node to the middle of the next in its layer, at least.
         flush: whether all nodes without operands stand in the first layer, not next to their use.
+        page: width and height that the graph is to fit on.
 
     Raises:
         ImportError: the package fast-sugiyama is missing.
@@ -99,7 +104,7 @@ def layout(
     for rows in range(1, max(2, min(count // 4, 12)) + 1):
         cuts = _cuts(widths, layers, edges, rows)
         made = _Rows(sizes, edges, layers, cuts, pitch).layout()
-        shown = min(PAGE[0] / (made.width or 1), PAGE[1] / (made.height or 1))
+        shown = min(page[0] / (made.width or 1), page[1] / (made.height or 1))
         # A row more must pay: what is read in one line is read best.
         if best is None or shown > 1.15 * best[0]:
             best = shown, made

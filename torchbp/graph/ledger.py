@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from .text import dtype_name, number, render
+
+if TYPE_CHECKING:
+    from .html import Html
+    from .svg import Svg
 
 __all__ = ["Edge", "Held", "Ledger", "Node", "pattern"]
 
@@ -260,6 +265,68 @@ class Ledger:
                 "outputs": self.outputs,
             }
         )
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None) -> Svg:
+        """The picture: the value above each edge in green, the gradient below in red.
+
+        Under each gate of a small graph stands upstream times local gradient. A tensor of more
+        than four elements is a heat map with its range. Long graphs go on in a next row.
+
+        Args:
+            path: where to write it as well; a file that is there is replaced.
+
+        Returns:
+            the text of an SVG file that needs no other and is light or dark as its reader is; a
+            notebook shows it.
+
+        Raises:
+            TypeError: `path` is no path.
+            ImportError: the package fast-sugiyama, which lays graphs out, is missing.
+
+        Example:
+            >>> from torchbp.graph import trace
+            >>> ledger = trace(lambda x, y: x * y, *torch.tensor([2.0, 3.0]))
+            >>> picture = ledger.to_svg()
+            >>> "swap multiplier" in picture, picture[:4]
+            (True, '<svg')
+        """
+        from .svg import to_svg
+
+        return to_svg(self, path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> Html:
+        """The stepper: a page on which forward and backward run one gate at a time.
+
+        Buttons and arrow keys step, space plays, the wheel or + and - zoom, 0 shows all. The gate
+        that is met shows upstream times local gradient and their product, next to the flat code.
+
+        Args:
+            path: where to write it as well; a file that is there is replaced.
+
+        Returns:
+            the text of an HTML file that needs no other and no network; a notebook shows it.
+
+        Raises:
+            TypeError: `path` is no path.
+            ImportError: the package fast-sugiyama, which lays graphs out, is missing.
+
+        Example:
+            >>> from torchbp.graph import trace
+            >>> ledger = trace(lambda x, y: x * y, *torch.tensor([2.0, 3.0]))
+            >>> page = ledger.to_html()
+            >>> page[:15], ledger.to_json()[:9] in page
+            ('<!doctype html>', True)
+        """
+        from .html import to_html
+
+        return to_html(self, path)
+
+    def _repr_svg_(self) -> str | None:
+        """What a notebook shows: the picture, or the text where no layout is installed."""
+        try:
+            return str(self.to_svg())
+        except ImportError:
+            return None
 
     def __rich__(self) -> Table:
         return self.table()

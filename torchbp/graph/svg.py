@@ -22,11 +22,22 @@ from xml.sax.saxutils import escape
 
 import torch
 
-from .layout import Layout, Point, Size, layout
+from .layout import PAGE, Layout, Point, Size, layout
 from .ledger import Edge, Held, Ledger, Node, pattern
 from .text import dims, number
 
-__all__ = ["PALETTE", "STYLE", "Steps", "Svg", "drawing", "heat_map", "text_of", "to_svg", "write"]
+__all__ = [
+    "PALETTE",
+    "STYLE",
+    "Steps",
+    "Svg",
+    "clean",
+    "drawing",
+    "heat_map",
+    "text_of",
+    "to_svg",
+    "write",
+]
 
 #: Colours by name: on light, on dark.
 PALETTE = {
@@ -129,7 +140,7 @@ def _texts(held: Held) -> list[str]:
     return [f"{number(held.min)} .. {number(held.max)}"]
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text for XML, without what no XML may hold."""
     return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
@@ -246,6 +257,24 @@ class Steps:
     @property
     def count(self) -> int:
         return self.base + len(self.backward)
+
+    def listed(self, ledger: Ledger) -> list[dict[str, Any]]:
+        """Each step by its phase and node; for a page."""
+        bases = [
+            node.id
+            for node in ledger.nodes
+            if any(
+                held is not None and self.arrived(node.id, output, ledger) == self.base
+                for output, held in enumerate(node.upstreams)
+            )
+        ]
+        gates = [node.id for node in ledger.nodes if node.kind == "gate"]
+        return [
+            {"phase": "inputs"},
+            *({"phase": "forward", "node": node} for node in gates),
+            {"phase": "base", "nodes": bases},
+            *({"phase": "backward", "node": node} for node in self.backward),
+        ]
 
     def arrived(self, node: int, output: int, ledger: Ledger) -> int:
         """The step at which the gradient of a value is complete: all its uses have sent theirs."""
@@ -460,21 +489,21 @@ class Drawing:
             f'class="{mark}" width="{self.width:.0f}" height="{self.height:.0f}" '
             f'viewBox="0 0 {self.width:.0f} {self.height:.0f}" role="img" '
             f'aria-labelledby="{mark}-title {mark}-desc">\n'
-            f'<title id="{mark}-title">{_clean(self.title)}</title>\n'
-            f'<desc id="{mark}-desc">{_clean(self.description)}</desc>\n'
+            f'<title id="{mark}-title">{clean(self.title)}</title>\n'
+            f'<desc id="{mark}-desc">{clean(self.description)}</desc>\n'
             f"<style>{style}</style>\n"
             f'<rect class="paper" width="100%" height="100%" rx="8"/>\n'
             f"{self.body}</svg>"
         )
 
 
-def drawing(ledger: Ledger) -> Drawing:
-    """The picture of a ledger."""
-    return _Picture(ledger).drawing()
+def drawing(ledger: Ledger, page: Point = PAGE) -> Drawing:
+    """The picture of a ledger, for a page of this width and height."""
+    return _Picture(ledger, page).drawing()
 
 
 class _Picture:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, page: Point) -> None:
         self.ledger = ledger
         self.steps = Steps.of(ledger)
         self.places: list[_Place] = []
@@ -504,6 +533,7 @@ class _Picture:
             self.edges,
             pitch + 10,
             flush=gates <= _FEW and all(text_of(value) for value in leaves),
+            page=page,
         )
         for place in self.places:
             place.ports = sorted(place.ports, key=self.comes_from)
@@ -548,7 +578,6 @@ class _Picture:
         parts += [self.labels(i) for i in self.start_of.values()]
         parts += [self.node(i) for i in range(len(self.places))]
         gates = sum(node.kind == "gate" for node in self.ledger.nodes)
-        names = ", ".join(node.name for node in self.ledger.nodes if node.kind == "input")
         levels = [y for route in self.layout.routes.values() for _, y in route]
         pairs = list(zip(self.layout.centers, self.places, strict=True))
         top = min([*levels, *(y - place.up for (_, y), place in pairs)], default=0.0)
@@ -558,8 +587,7 @@ class _Picture:
             body=f"{frame}\n" + "\n".join(parts) + "\n</g>\n",
             width=self.layout.width + 2 * _EDGE,
             height=bottom - top + 2 * _EDGE,
-            title=f"Computational graph: {gates} gates"
-            + (f", inputs {names}" if len(names) < 80 else ""),
+            title=f"Computational graph: {gates} gate{'s' * (gates != 1)}",
             description=" ".join(
                 [
                     "The value stands above each edge in green, the gradient below in red.",
@@ -603,7 +631,7 @@ class _Picture:
             middle = left + 4 + label.width / 2
             lines.append(
                 f'<g class="use" data-at="{at}" data-edge="{self.ledger.edges.index(edge)}">'
-                f"<title>{_clean(self.tooltip_of_use(edge))}</title>"
+                f"<title>{clean(self.tooltip_of_use(edge))}</title>"
                 f"{label.below(middle, port - 2)}</g>"
             )
         return "".join(lines)
@@ -656,7 +684,7 @@ class _Picture:
         place = self.places[index]
         node = place.node
         x, y = self.layout.centers[index]
-        label = _clean(place.label)
+        label = clean(place.label)
         if place.tap:
             return f'<text class="caption" x="{x:.1f}" y="{y + 4:.1f}">{label}</text>'
         width, height = place.width, place.height
@@ -665,7 +693,7 @@ class _Picture:
         drop = 6 if sign else 4
         lines = [
             f'<g class="{kinds}" data-node="{node.id}" data-at="{self.steps.forward[node.id]}">',
-            f"<title>{_clean(self.tooltip(node))}</title>",
+            f"<title>{clean(self.tooltip(node))}</title>",
             f'<rect x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" '
             f'height="{height:.1f}" rx="{16 if node.kind == "gate" else 5}"/>',
             f'<text{sign} x="{x:.1f}" y="{y + drop:.1f}">{label}</text>',
@@ -675,7 +703,7 @@ class _Picture:
             below += _LINE
             at = self.steps.backward.get(node.id, 0)
             spans = "".join(
-                f'<tspan class="{kind}">{_clean(text)}</tspan>' if kind else _clean(text)
+                f'<tspan class="{kind}">{clean(text)}</tspan>' if kind else clean(text)
                 for text, kind in line.parts
             )
             lines.append(

@@ -19,7 +19,7 @@ import torchbp.functional as F
 
 
 def rand(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def positive(*shape: int) -> Tensor:

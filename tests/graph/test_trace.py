@@ -14,7 +14,6 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import torchbp
 import torchbp.functional as F
 from tests.compare import assert_same
 from tests.graph.cases import CASES, MODULES, M, rand, total

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..functions.products import ACTIVATIONS
-from .flat_rules import Plan, Unnamed, plan
+from .flat_rules import Plan, Sent, Unnamed, plan
 from .flat_text import Op, Unwritable, Var, bound, call_text, index, operation_of
 from .ledger import Ledger, Node
 from .recording import Call, Slot
@@ -148,7 +148,10 @@ class _Program:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.recording = ledger._recording
+        if not self.recording.outputs:
+            raise RuntimeError("flat: the ledger does not hold the calls of a function")
         self.vars: dict[Slot, Var] = {}
+        self.bases: dict[Slot, Var] = {}  # of views that were written to
         self.ops: list[Op] = []
         self.arguments: list[Var] = []
         for node in ledger.nodes:
@@ -240,14 +243,10 @@ class _Program:
         """Of a call: a new value, or an argument that it returned as it was."""
         return self.vars[slot] if slot in self.vars else self.make(slot)
 
-    def write(
-        self, node: str, y: Var, base: Var, value: Any, place: Callable[[str], str]
-    ) -> None:
+    def write(self, node: str, y: Var, base: Var, value: Any, place: Callable[[str], str]) -> None:
         self.ops.append(Op(node, "write", None, (base, value), {}, y, place=place))
 
-    def add_function(
-        self, node: Node, function: type, args: tuple[Any, ...], result: Any
-    ) -> None:
+    def add_function(self, node: Node, function: type, args: tuple[Any, ...], result: Any) -> None:
         """A custom Function; one of torchbp as what it computes."""
         name = function.__name__
         if function.__module__.startswith("torchbp.functions."):
@@ -327,13 +326,11 @@ class _Program:
 
     # ---- changes through views
 
-    def rewritten(
-        self, slot: Slot, before: Slot, written: Sequence[tuple[Slot, Slot]]
-    ) -> Var:
+    def rewritten(self, slot: Slot, before: Slot, written: Sequence[tuple[Slot, Slot]]) -> Var:
         """A tensor after memory that it shares was written to through other tensors."""
         node = self.ledger.nodes[slot.node].name
         root, views = self.views_of(before)
-        base = self.var(root)
+        base = self.base_of(before)
         for target, after in written:
             other, chain = self.views_of(target)
             if other != root:
@@ -341,33 +338,62 @@ class _Program:
                     f"flat: the gate {node} cannot be written as code: it changes memory that "
                     "several tensors share, in a way that cannot be followed"
                 )
-            value = self.var(after)
-            if not chain:  # the whole of it
-                base = value
-                continue
-            y = Var("written", base.shape, base.dtype, node=node,
-                    differentiable=base.differentiable or value.differentiable)  # fmt: skip
-            self.write(node, y, base, value, self.place(chain))
-            base = y
-        made = base
+            base = self.written(node, base, chain, self.var(after))
+        self.bases[slot] = made = base
         for call in views:
-            made = self.viewed(node, call, made, slot if call is views[-1] else None)
-        if not views:
-            held = self.ledger.nodes[slot.node].values[slot.output]
-            named = self.recording.names.get(slot) or self.recording.names.get(before)
-            if named is not None:
-                made.hint, made.given = named, True
-            elif before in self.vars:
-                made.hint, made.given = self.vars[before].hint, self.vars[before].given
-            if held is not None:
-                made.low = held.min
+            made = self.viewed(node, call, made)
+        held = self.ledger.nodes[slot.node].values[slot.output]
+        known = self.vars.get(before)
+        named = self.recording.names.get(slot) or (known.hint if known and known.given else None)
+        if named is not None and not made.given:
+            made.hint, made.given = named, True
+        if held is not None:
+            made.low = held.min
         self.vars[slot] = made
         return made
 
+    def written(self, node: str, base: Var, chain: list[Call], value: Var) -> Var:
+        """The base of a view after the view became `value`."""
+        if not chain:  # the whole of it
+            return value
+        differentiable = base.differentiable or value.differentiable
+        y = Var("written", base.shape, base.dtype, node=node, differentiable=differentiable)
+        self.write(node, y, base, value, self.place(chain))
+        return y
+
+    def base_of(self, slot: Slot) -> Var:
+        """What a tensor is a view of, as it was when the tensor had this value."""
+        _, chain = self.views_of(slot)
+        if not chain:
+            return self.var(slot)
+        if slot not in self.bases and slot in self.recording.aliases:
+            self.var(slot)
+        if slot not in self.bases:
+            before = self.before(slot)
+            if before is None:  # a view when it was new
+                (given, *_) = (v for v in chain[-1].args if isinstance(v, Slot))
+                return self.base_of(given)
+            node = self.ledger.nodes[slot.node].name
+            self.bases[slot] = self.written(node, self.base_of(before), chain, self.var(slot))
+        return self.bases[slot]
+
+    def before(self, slot: Slot) -> Slot | None:
+        """What a tensor was before the change that gave it this value."""
+        alias = self.recording.aliases.get(slot)
+        if alias is not None:
+            return alias.before
+        call = self.recording.calls.get(slot.node)
+        return next((b for b, a in call.written if a == slot), None) if call else None
+
     def views_of(self, slot: Slot) -> tuple[Slot, list[Call]]:
-        """What a tensor is a view of, and the calls that made it, in order."""
+        """The tensor that a tensor is a view of, when it was new, and the calls that made the view,
+        in order."""
         chain: list[Call] = []
         while True:
+            before = self.before(slot)
+            if before is not None:
+                slot = before
+                continue
             call = self.recording.calls.get(slot.node)
             if call is None or not call.view or not isinstance(call.result, Slot):
                 return slot, chain[::-1]
@@ -391,14 +417,11 @@ class _Program:
         operation = operation_of(call.func, name)
         return Op(node, operation, call.func, args, call.kwargs, y)
 
-    def viewed(self, node: str, call: Call, base: Var, slot: Slot | None) -> Var:
+    def viewed(self, node: str, call: Call, base: Var) -> Var:
         held = self.ledger.nodes[call.result.node].values[call.result.output]
         assert held is not None
         y = Var("view", held.shape, held.dtype, node=node, differentiable=base.differentiable)
-        if slot is not None and (named := self.recording.names.get(slot)):
-            y.hint, y.given = named, True
-        op = self.view_op(node, call, base, y)
-        self.ops.append(op)
+        self.ops.append(self.view_op(node, call, base, y))
         return y
 
     # ---- what is needed
@@ -624,6 +647,10 @@ class _Writer:
                 self.add(sent.text, op.node, "backward")
                 self.grads[v] = True
                 continue
+            if sent.then and not first:
+                self.add(f"{sent.spare} = {sent.text}", op.node, "backward", [v.shape])
+                self.add(sent.then.replace(v.grad, sent.spare, 1), op.node, "backward")
+                sent.text = sent.spare
             if first:
                 text = f"{v.grad} = {sent.text}"
             elif self.grads[v]:
@@ -632,6 +659,8 @@ class _Writer:
                 text = f"{v.grad} = {v.grad} + {sent.text}"
             self.add(text, op.node, "backward", [v.shape])
             self.grads[v] = sent.fresh if first else True
+            if sent.then and first:
+                self.add(sent.then, op.node, "backward")
 
     def head(self, upstream: list[Var]) -> list[Line]:
         name = self.program.recording.name
@@ -642,9 +671,7 @@ class _Writer:
         arguments = [v.name for v in self.program.arguments]
         arguments += [f"{v.grad}=None" for v in upstream]
         lines = _wrapped(f"def {name}(", arguments, "):")
-        sizes = [
-            f"{v}: {dims(v.shape)}{_kind(v)}" for v in self.program.arguments if v.shape
-        ]
+        sizes = [f"{v}: {dims(v.shape)}{_kind(v)}" for v in self.program.arguments if v.shape]
         lines += [f"    # {line}" for line in _filled(sizes)]
         return [(line, None, None) for line in lines]
 
@@ -660,8 +687,7 @@ class _Writer:
             if re.search(pattern, text)
         ]
         functions = {op.func for op in self.program.ops if op.name == "apply"}
-        for function in sorted(functions, key=lambda f: f.__name__):  # type: ignore[union-attr]
-            lines.append(f"from {function.__module__} import {function.__name__}")  # type: ignore[union-attr]
+        lines += sorted(f"from {f.__module__} import {f.__name__}" for f in functions if f)
         lines += ["", ""] if lines else []
         return [(line, None, None) for line in lines]
 
@@ -693,23 +719,25 @@ def _wrapped(begin: str, parts: Sequence[str], end: str) -> list[str]:
     return [opened, *(f"    {line}" for line in lines[:-1]), f"    {lines[-1]},", end or ")"]
 
 
-def _may_be_number(v: Var, plans: list[Plan]) -> bool:
+def _may_be_number(root: Var, plans: list[Plan]) -> bool:
     """Whether the gradient of a scalar may be a number: nothing but factors of tensors read it,
     and what hands it on unchanged, or times a number, to another such scalar."""
-    word = re.compile(rf"\b{v.grad}\b")
-    if any(word.search(text) for made in plans for text, _ in made.before):
-        return False
-    for sent in (sent for made in plans for sent in made.sent if word.search(sent.text)):
-        if sent.into or not (
-            _scales(sent.text, v.grad)
-            or (
-                _is_numeric(sent.text, v.grad)
-                and not sent.to.leaf
-                and not sent.to.shape
-                and _may_be_number(sent.to, plans)
-            )
-        ):
-            return False
+    readers: dict[str, list[Sent | None]] = {}
+    for made in plans:
+        for text, sent in [*((t, None) for t, _ in made.before), *((s.text, s) for s in made.sent)]:
+            for name in set(re.findall(r"\bgrad_\w+", text)):
+                readers.setdefault(name, []).append(sent)
+    stack = [root]
+    while stack:
+        v = stack.pop()
+        for sent in readers.get(v.grad, ()):
+            if sent is None or sent.into:
+                return False
+            if _scales(sent.text, v.grad):
+                continue
+            if sent.to.leaf or sent.to.shape or not _is_numeric(sent.text, v.grad):
+                return False
+            stack.append(sent.to)
     return True
 
 

@@ -21,7 +21,7 @@ from ..functions.table import ROWS
 from .flat_text import Op, Var, call_text, closed, index, literal, renamed
 from .operations import canonical
 
-__all__ = ["Plan", "Rule", "Unnamed", "plan"]
+__all__ = ["Plan", "Rule", "Sent", "Unnamed", "plan"]
 
 
 class _NoRule(Exception):
@@ -36,12 +36,16 @@ class Sent:
         to: the operand.
         text: the gradient; or, if `into`, a statement that adds it to what it names.
         fresh: whether the gradient is a tensor of its own, which `+=` may change.
+        then: a statement that changes the gradient in place, once it has a name: the operand's, or
+            `spare` if that has a gradient already.
     """
 
     to: Var
     text: str
     fresh: bool = True
     into: bool = False
+    then: str = ""
+    spare: str = ""
 
 
 @dataclass
@@ -189,9 +193,7 @@ def _vjp(rule: Rule) -> Plan:
         return _hand_out(rule, wanted, text)
     single = isinstance(op.result, Var)
     results = [op.result] if single else list(op.result)
-    all_float = all(
-        isinstance(v, Var) and v.differentiable for v in results
-    )
+    all_float = all(isinstance(v, Var) and v.differentiable for v in results)
     if single or all_float:
         back = rule.new("vjp")
         left = op.result.name if single else f"({_pattern(op.result)})"
@@ -199,7 +201,7 @@ def _vjp(rule: Rule) -> Plan:
         made.forward.append((text, op.outputs))
         upstream = ", ".join(v.grad if v.live else f"torch.zeros_like({v})" for v in results)
         if not single:
-            upstream = f"({upstream},)"
+            upstream = f"({upstream}{',' * (len(results) == 1)})"
         return _hand_out(rule, wanted, f"{back}({upstream})")
     needed = [i for i, v in enumerate(results) if v is not None]
     if len(needed) == 1 and isinstance(results[needed[0]], Var):
@@ -589,7 +591,9 @@ def _max(rule: Rule) -> None:
 @rule("sort", "topk")
 def _sort(rule: Rule) -> None:
     sort = rule.op.name == "sort"
-    given = rule.bind("x dim=-1 descending=False" if sort else "x k dim=-1 largest=True sorted=True")
+    given = rule.bind(
+        "x dim=-1 descending=False" if sort else "x k dim=-1 largest=True sorted=True"
+    )
     values, indices = rule.op.result
     if values is None or indices is None or type(given.dim) is not int:
         raise _NoRule
@@ -986,11 +990,10 @@ def _write(rule: Rule) -> None:
             part, shape = f"{part}.sum_to_size({value}.shape)", value.shape
         rule.send(value, part, fresh=False, shape=shape)
     if isinstance(x, Var) and x.live:
-        kept = rule.new(x.grad)
-        rule.plan.before.append((f"{kept} = {g}.clone()", x.shape))
-        zero = place(kept)
-        rule.plan.before.append((f"{zero} = 0" if subscript else f"{zero}.zero_()", ()))
-        rule.send(x, kept, fresh=False)
+        zero = place(x.grad)
+        then = f"{zero} = 0" if subscript else f"{zero}.zero_()"
+        # First, for the value may be of the same tensor: only what is here so far is set to 0.
+        rule.plan.sent.insert(0, Sent(x, f"{g}.clone()", then=then, spare=rule.new("kept")))
 
 
 def _shape_at(place: Callable[[str], str], shape: tuple[int, ...]) -> tuple[int, ...] | None:

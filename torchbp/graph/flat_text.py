@@ -222,7 +222,11 @@ def call_text(op: Op) -> str:
         raise Unwritable("the call that it belongs to was not seen")
     args, kwargs = op.args, op.kwargs
     if isinstance(op.func, type):
-        return f"{op.func.__name__}.apply({_arguments(args, kwargs)})"
+        name = op.func.__name__
+        module = sys.modules.get(op.func.__module__)
+        if getattr(module, name, None) is not op.func:
+            raise Unwritable(f"{op.func.__module__} has no {name} to import")
+        return f"{name}.apply({_arguments(args, kwargs)})"
     promoted = op.in_place and any(v.dtype != op.outputs[0].dtype for v in op.inputs)
     if not kwargs and not promoted:
         if op.name in INFIX and len(args) == 2 and (op.name != "dot" or len(op.inputs) == 2):
@@ -279,7 +283,7 @@ def _exists(path: str) -> bool:
 
 def _path(func: Any) -> str:
     """Where a torch function is found, as a dotted name."""
-    if isinstance(func, torch._ops.OpOverload):
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{func!s}"
     own = getattr(func, "__name__", "")
     if isinstance(own, str) and getattr(torch, own, None) is func:
@@ -299,25 +303,33 @@ def operation_of(func: Any, name: str) -> str:
     return canonical(name)
 
 
+_MAX_POOL = {
+    "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
+
+
 def bound(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments without those at their defaults, without `inplace` and what only warns."""
     kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-    if not isinstance(func, FunctionType) or "torch.nn.functional" not in func.__module__:
+    modules = "torch.nn.functional", "torch._tensor", "torch.functional"
+    if not isinstance(func, FunctionType) or func.__module__ not in modules:
         kwargs.pop("inplace", None)
-        if getattr(func, "__module__", None) == "torch._jit_internal":  # F.max_pool2d
-            usual = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
-                     "return_indices": False}  # fmt: skip
-            kwargs = {k: v for k, v in kwargs.items() if k not in usual or v != usual[k]}
         return args, kwargs
-    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    try:
+        parameters = inspect.signature(func).parameters
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+    except ValueError:  # it stands for a builtin function, which has none
+        return args, kwargs
     kept: list[Any] = []
     named: dict[str, Any] = {}
     gap = False
-    for parameter in inspect.signature(func).parameters.values():
+    for parameter in parameters.values():
         name, default = parameter.name, parameter.default
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if func.__name__.startswith("max_pool"):  # which hides its signature
+                kwargs = {k: v for k, v in kwargs.items() if v != _MAX_POOL.get(k, v is None)}
             return args, kwargs
         value = given.get(name, default)
         left_out = name in ("inplace", "_stacklevel") or (

@@ -398,6 +398,7 @@ class _Recorder:
         for value in self.fresh:
             if value.grad_fn is grad_fn:
                 self.result(gate, grad_fn, value.output_nr, value)
+                self.unnamed.append((value, frames))
 
     def new_gate(self, operation: str, source: str | None) -> _Gate:
         gate = _Gate(self.add(self.numbered(operation), "gate", operation, source))
@@ -819,7 +820,9 @@ class _Calls(TorchFunctionMode):
             kwargs_,
             tree_unflatten([recorder.made(value) for value in returned], shape),
             tuple(written.values()),
-            bool(arguments) and results[0]._is_view() and not written
+            bool(arguments)
+            and results[0]._is_view()
+            and not written
             and _storage_of(results[0]) == _storage_of(arguments[0]),
             random,
         )
@@ -837,7 +840,7 @@ class _Calls(TorchFunctionMode):
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation that may draw random numbers does; attention without dropout does not."""
+    """Whether what may draw random numbers does; attention without dropout does not."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
             given = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
@@ -849,7 +852,12 @@ def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call says by its name or by `out` that it writes to an argument."""
     name = getattr(func, "__name__", "")
     dunder = name.startswith("__")
-    return "out" in kwargs or name == "__setitem__" or (name.endswith("_") and not dunder) or name.startswith("__i")
+    return (
+        "out" in kwargs
+        or name == "__setitem__"
+        or (name.endswith("_") and not dunder)
+        or name.startswith("__i")
+    )
 
 
 def _is_untouched(value: Tensor, arguments: list[Tensor], versions: list[int]) -> bool:
@@ -869,6 +877,8 @@ def _gradient_edge(value: Tensor) -> tuple[Any, int] | None:
 
 def _name_of(func: Any) -> str:
     """The last part of a function's name, without what marks a property."""
+    if isinstance(func, torch._ops.OpOverload):  # of torch.ops
+        return canonical(func._schema.name.rpartition("::")[2])
     name = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
     parts = name.split(".")
     if parts[-1] in ("__get__", "__set__") and len(parts) > 1:

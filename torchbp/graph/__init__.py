@@ -9,9 +9,10 @@ keeps for the backward.
 from __future__ import annotations
 
 from .computational_graph import ComputationalGraph
+from .flat import flat
 from .jacobian import jacobian
 from .ledger import Ledger
 from .saved import saved
 from .trace import trace
 
-__all__ = ["ComputationalGraph", "Ledger", "jacobian", "saved", "trace"]
+__all__ = ["ComputationalGraph", "Ledger", "flat", "jacobian", "saved", "trace"]

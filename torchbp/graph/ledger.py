@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from .recording import Recording
 from .text import dtype_name, number, render
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ class Ledger:
     edges: list[Edge]
     grads: dict[str, Tensor | None]
     outputs: list[int]
+    _recording: Recording = field(default_factory=Recording, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Node:
         """The node of a name."""

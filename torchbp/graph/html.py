@@ -102,8 +102,12 @@ def _code(ledger: Ledger) -> str:
     except RuntimeError as error:
         return f"<p>There is no flat code for this graph: {html.escape(str(error))}</p>"
     lines = []
+    bases = {ledger.nodes[node].name for node in Steps.of(ledger).bases(ledger)}
     for text, node, phase in code.lines:
         of = ""
+        if phase == "backward" and node in bases:  # its first line is where backward starts
+            bases.remove(node)
+            phase = "base"
         if node is not None and phase is not None:
             of = f' data-node="{html.escape(node)}" data-phase="{phase}"'
         lines.append(f"<li{of}>{_remarked(text)}</li>")

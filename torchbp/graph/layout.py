@@ -255,9 +255,9 @@ class _Rows:
             first = self.row_of[source], self.layers[source]
             last = self.row_of[target], self.layers[target]
             for row in range(first[0], last[0] + 1):
-                begin = self.cuts[row] - 1 if row > first[0] else first[1] + 1
-                end = self.cuts[row + 1] if row < last[0] else last[1] - 1
-                for layer in range(begin, end + 1):
+                early = self.cuts[row] - 1 if row > first[0] else first[1] + 1
+                late = self.cuts[row + 1] if row < last[0] else last[1] - 1
+                for layer in range(early, late + 1):
                     key = source, row, layer
                     if key not in through:
                         through[key] = spot(row, layer, None)
@@ -278,8 +278,8 @@ class _Rows:
                 1 for (_, r, layer) in through if r == row and layer == self.cuts[row] - 1 and row
             )
             top += LINE * (lines + 1) if lines else 0.0
-            for one in spots[row]:
-                one.y += top
+            for passed in spots[row]:
+                passed.y += top
             top += height
             width = max(width, right)
             rights.append(right)
@@ -297,8 +297,8 @@ class _Rows:
                 if row != before:
                     points += joints[source, row]
                     before = row
-                passed = spots[row][number]
-                points += [(passed.left, passed.y), (passed.right, passed.y)]
+                lane = spots[row][number]
+                points += [(lane.left, lane.y), (lane.right, lane.y)]
             points.append((goal.left, goal.y))
             routes[source, target] = [(x - left, y) for x, y in points]
         return Layout(

@@ -82,7 +82,7 @@ _SIGNS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "matmul": "@", "mm
 #: The same with one tensor and a number c, as the lecture writes them.
 _SIGNS_OF_ONE = {
     "add": "+c", "shift": "+c", "sub": "−c", "rsub": "c−x", "mul": "×c", "scale": "×c",
-    "div": "÷c", "rdiv": "c/x", "neg": "×−1", "reciprocal": "1/x",
+    "div": "÷c", "rdiv": "c/x", "neg": "×-1", "reciprocal": "1/x",
 }  # fmt: skip
 
 _HEIGHT = 32.0  # of a gate
@@ -155,12 +155,17 @@ def _wide(text: str, size: float = 12.0) -> float:
     return 0.62 * size * len(text)
 
 
-def label_of(node: Node, operands: int) -> str:
+def label_of(node: Node, ledger: Ledger) -> str:
     """What stands in a node: a sign or the name of its operation; the name of what is no gate."""
     if node.kind != "gate":
         return _short_name(node.name)
-    signs = _SIGNS if operands > 1 else _SIGNS_OF_ONE
-    return signs.get(node.operation, _short_name(node.operation))
+    if len(list(ledger.operands(node))) > 1:
+        return _SIGNS.get(node.operation, _short_name(node.operation))
+    call = ledger._recording.calls.get(node.id)
+    given = [] if call is None else [a for a in call.args if isinstance(a, int | float)]
+    constant = number(given[0]) if len(given) == 1 else "c"
+    sign = _SIGNS_OF_ONE.get(node.operation, _short_name(node.operation))
+    return re.sub(r"\bc\b", constant, sign)
 
 
 def product_of(edge: Edge, ledger: Ledger) -> tuple[str, str, str] | None:
@@ -248,7 +253,7 @@ class Steps:
             forward.append(gates if node.kind == "gate" else 0)
         base = gates + 1
         sending = {edge.target for edge in ledger.edges if edge.product is not None}
-        backward = {}
+        backward: dict[int, int] = {}
         for node in reversed(ledger.nodes):
             if node.id in sending:
                 backward[node.id] = base + len(backward) + 1
@@ -258,9 +263,9 @@ class Steps:
     def count(self) -> int:
         return self.base + len(self.backward)
 
-    def listed(self, ledger: Ledger) -> list[dict[str, Any]]:
-        """Each step by its phase and node; for a page."""
-        bases = [
+    def bases(self, ledger: Ledger) -> list[int]:
+        """The nodes whose gradient was given, not computed."""
+        return [
             node.id
             for node in ledger.nodes
             if any(
@@ -268,11 +273,14 @@ class Steps:
                 for output, held in enumerate(node.upstreams)
             )
         ]
+
+    def listed(self, ledger: Ledger) -> list[dict[str, Any]]:
+        """Each step by its phase and node; for a page."""
         gates = [node.id for node in ledger.nodes if node.kind == "gate"]
         return [
             {"phase": "inputs"},
             *({"phase": "forward", "node": node} for node in gates),
-            {"phase": "base", "nodes": bases},
+            {"phase": "base", "nodes": self.bases(ledger)},
             *({"phase": "backward", "node": node} for node in self.backward),
         ]
 
@@ -407,6 +415,7 @@ class _Place:
     node: Node
     output: int
     tap: bool
+    text: str
     value: _Label | None = None
     gradient: _Label | None = None
     captions: Sequence[_Caption] = ()
@@ -414,14 +423,10 @@ class _Place:
     heads: dict[int, _Label] | None = None  # by argument: what one use of a value sends back
 
     @property
-    def label(self) -> str:
-        return f"[{self.output}]" if self.tap else label_of(self.node, len(self.ports))
-
-    @property
     def width(self) -> float:
         if self.tap:
-            return _wide(self.label, 10.5)
-        return max(_HEIGHT, _wide(self.label) + 18)
+            return _wide(self.text, 10.5)
+        return max(_HEIGHT, _wide(self.text) + 18)
 
     @property
     def height(self) -> float:
@@ -541,7 +546,7 @@ class _Picture:
     def add(self, node: Node, captions: bool) -> None:
         """A place for a node, and one for each of its outputs if there are several."""
         several = len(node.values) > 1
-        place = _Place(node, 0, tap=False)
+        place = _Place(node, 0, tap=False, text=label_of(node, self.ledger))
         if captions:
             place.captions = _captions(node, self.ledger)
         self.of_node.append(len(self.places))
@@ -553,13 +558,15 @@ class _Picture:
                 used = any((e.source, e.output) == (node.id, output) for e in self.ledger.edges)
                 if not used and node.upstreams[output] is None:
                     continue
-                holder = _Place(node, output, tap=True)
+                holder = _Place(node, output, tap=True, text=f"[{output}]")
                 self.edges.append((self.of_node[node.id], len(self.places)))
                 self.places.append(holder)
             value = node.values[output] if node.values else None
             upstream = node.upstreams[output] if node.upstreams else None
-            holder.value = value and _Label(value, "value", shape=True)
-            holder.gradient = upstream and _Label(upstream, "gradient")
+            if value is not None:
+                holder.value = _Label(value, "value", shape=True)
+            if upstream is not None:
+                holder.gradient = _Label(upstream, "gradient")
             self.start_of[node.id, output] = self.places.index(holder)
 
     def start(self, edge: Edge) -> int:
@@ -587,7 +594,7 @@ class _Picture:
             body=f"{frame}\n" + "\n".join(parts) + "\n</g>\n",
             width=self.layout.width + 2 * _EDGE,
             height=bottom - top + 2 * _EDGE,
-            title=f"Computational graph: {gates} gate{'s' * (gates != 1)}",
+            title=f"Computational graph{self.of()}: {gates} gate{'s' * (gates != 1)}",
             description=" ".join(
                 [
                     "The value stands above each edge in green, the gradient below in red.",
@@ -595,6 +602,10 @@ class _Picture:
                 ]
             ),
         )
+
+    def of(self) -> str:
+        name = self.ledger._recording.name
+        return f" of {name}" if self.ledger._recording.calls and name.isidentifier() else ""
 
     def sentences(self, most: int = 40) -> Iterable[str]:
         for node in self.ledger.nodes[:most]:
@@ -684,12 +695,12 @@ class _Picture:
         place = self.places[index]
         node = place.node
         x, y = self.layout.centers[index]
-        label = clean(place.label)
+        label = clean(place.text)
         if place.tap:
             return f'<text class="caption" x="{x:.1f}" y="{y + 4:.1f}">{label}</text>'
         width, height = place.width, place.height
         kinds = "gate" if node.kind == "gate" else f"leaf {node.kind}"
-        sign = ' class="sign"' if place.label in _SIGNS.values() else ""
+        sign = ' class="sign"' if place.text in _SIGNS.values() else ""
         drop = 6 if sign else 4
         lines = [
             f'<g class="{kinds}" data-node="{node.id}" data-at="{self.steps.forward[node.id]}">',

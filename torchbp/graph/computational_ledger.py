@@ -71,12 +71,13 @@ def ledger(graph: ComputationalGraph) -> Ledger:
             {},
             Slot(number, 0),
         )
-    outputs = [ids[graph.output.name]]
-    found.outputs = outputs
-    found._recording = Recording(
-        calls=calls,
-        names={Slot(number, 0): name for name, number in ids.items()},
-        differentiable=frozenset(Slot(number, 0) for number in ids.values()),
-        outputs=tuple(Slot(number, 0) for number in outputs),
-    )
+    output = ids[graph.output.name]
+    found.outputs = [output]
+    if graph.output.value is not None:
+        found._recording = Recording(
+            calls=calls,
+            names={Slot(number, 0): name for name, number in ids.items()},
+            differentiable=frozenset(Slot(number, 0) for number in ids.values()),
+            outputs=(Slot(output, 0),),
+        )
     return found

@@ -236,9 +236,9 @@ class Steps:
 
     Attributes:
         forward: the step at which a node has its value, 0 for what is no gate.
-        base: the step of the base case, at which the outputs have their gradient.
+        base: the step of the base case, at which the outputs have their gradient; the last
+            forward step's successor, whether or not a backward has run.
         backward: of each gate that a gradient arrives at, the step at which it is handed on.
-        count: the last step.
     """
 
     forward: list[int]
@@ -259,10 +259,6 @@ class Steps:
                 backward[node.id] = base + len(backward) + 1
         return cls(forward, base, backward)
 
-    @property
-    def count(self) -> int:
-        return self.base + len(self.backward)
-
     def bases(self, ledger: Ledger) -> list[int]:
         """The nodes whose gradient was given, not computed."""
         return [
@@ -280,7 +276,7 @@ class Steps:
         return [
             {"phase": "inputs"},
             *({"phase": "forward", "node": node} for node in gates),
-            {"phase": "base", "nodes": self.bases(ledger)},
+            *({"phase": "base", "nodes": nodes} for nodes in [self.bases(ledger)] if nodes),
             *({"phase": "backward", "node": node} for node in self.backward),
         ]
 

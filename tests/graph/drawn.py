@@ -1,4 +1,4 @@
-"""The graphs that tests draw."""
+"""The graphs that tests draw, and what they measure of a drawing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchbp.graph import Ledger, trace
 
-__all__ = ["GRAPHS", "chain", "circuit"]
+__all__ = ["GRAPHS", "chain", "circuit", "contrast"]
 
 
 def circuit() -> Ledger:
@@ -80,3 +80,15 @@ GRAPHS: dict[str, Callable[[], Ledger]] = {
     made.__name__: made
     for made in (circuit, neuron, two_layer, several, broadcast, strange, large, chain)
 }
+
+
+def contrast(one: str, two: str) -> float:
+    """WCAG's contrast of two colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted([luminance(one), luminance(two)])
+    return (light + 0.05) / (dark + 0.05)

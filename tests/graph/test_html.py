@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("fast_sugiyama", reason="fast-sugiyama is not installed (Python 3.10)")
-
 from tests.graph.drawn import GRAPHS, circuit
 from torchbp.graph import ComputationalGraph, flat, trace
 from torchbp.graph.flat import flat_code
+
+pytest.importorskip("fast_sugiyama", reason="fast-sugiyama is not installed (Python 3.10)")
 
 
 class Page(HTMLParser):

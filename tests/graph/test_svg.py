@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-pytest.importorskip("fast_sugiyama", reason="fast-sugiyama is not installed (Python 3.10)")
-
-from tests.graph.drawn import GRAPHS, chain, circuit
+from tests.graph.drawn import GRAPHS, chain, circuit, contrast
 from torchbp.graph import ComputationalGraph, trace
 from torchbp.graph.ledger import Held
 from torchbp.graph.svg import PALETTE, Steps, heat_map, to_svg
+
+pytest.importorskip("fast_sugiyama", reason="fast-sugiyama is not installed (Python 3.10)")
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -123,18 +123,6 @@ def test_styles_reach_no_other_part_of_a_page() -> None:
         for selector in rule.split(","):
             assert selector.strip().startswith((f".{mark[1]}", "@media")), selector
     assert f"prefers-color-scheme: dark) {{ .{mark[1]} {{ --paper: {PALETTE['paper'][1]}" in style
-
-
-def contrast(one: str, two: str) -> float:
-    """WCAG's contrast of two colours."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted([luminance(one), luminance(two)])
-    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])

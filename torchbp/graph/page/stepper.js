@@ -163,7 +163,7 @@ const panels = {
       parts: [...heading("Start", "Inputs and parameters"),
         make("p", {}, "Forward computes and saves; backward applies the chain rule."),
         make("div", { className: "law terms given" }, ...given), more],
-      sentence: `Start: ${leaves.length} inputs and parameters, ${all} gates.`,
+      sentence: `${leaves.length} inputs and parameters, ${all} gates.`,
     };
   },
   forward(node) {
@@ -189,7 +189,7 @@ const panels = {
       parts: [...heading("Base case", names),
         make("p", {}, "The backward pass starts with the gradient of the output: for the loss itself it is 1."),
         make("div", { className: "law terms given" }, ...terms)],
-      sentence: `Base case: the gradient of ${names} is ${bases.map((id) => said(nodes[id].upstreams[main(nodes[id])])).join(" and ")}.`,
+      sentence: `The gradient of ${names} is ${bases.map((id) => said(nodes[id].upstreams[main(nodes[id])])).join(" and ")}.`,
     };
   },
   backward(node) {

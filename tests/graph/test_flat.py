@@ -351,6 +351,19 @@ def test_several_outputs_have_an_upstream_gradient_each() -> None:
     assert grad_x.tolist() == [4, 4, 4]
 
 
+def test_an_output_that_is_not_differentiated() -> None:
+    ledger = trace(lambda x, y: (x * 2, y * 3), rand(3), rand(3), grad_output=[torch.ones(3), None])
+    function = compiled(flat_code(ledger).text)
+    assert list(inspect.signature(function).parameters) == ["x", "y", "grad_y2"]
+    assert len(function(rand(3), rand(3))) == 3
+
+
+def test_an_input_that_does_not_reach_the_output_has_no_gradient() -> None:
+    check(lambda x, y: torch.broadcast_tensors(x, y)[0] * 2, rand(3), rand(2, 1))
+    text = check(lambda x, y: x * 2, rand(3), rand(3))
+    assert text.rstrip().endswith("return y2, grad_x")
+
+
 def test_dropout_draws_its_mask() -> None:
     text = check(lambda x: TF.dropout(x, 0.25).sum(), rand(20))
     assert "mask1 = F.dropout(torch.ones_like(x), 0.25)" in text
@@ -395,6 +408,18 @@ def test_tensors_without_gradient_that_are_changed_through_views() -> None:
         return (x * mask * row).sum()
 
     check(fn, rand(3, 3))
+
+
+def test_in_place_by_an_argument() -> None:
+    lines = body(check(lambda x: nn.ReLU(inplace=True)(x * 2) + nn.ELU(0.5, True)(x + 1), rand(9)))
+    assert lines[:5] == [
+        "mul1 = x * 2",
+        "relu1 = F.relu(mul1)",
+        "add1 = x + 1",
+        "elu1 = F.elu(add1, 0.5)",
+        "y = relu1 + elu1",
+    ]
+    check(nn.Dropout(0.5, inplace=True), rand(9))
 
 
 def test_an_input_that_is_changed_in_place() -> None:
@@ -568,6 +593,15 @@ def test_each_line_says_which_node_it_belongs_to() -> None:
 # ---- bad input -----------------------------------------------------------------------------------
 
 
+def autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu"):
+        return x @ x
+
+
+def gradient(x: Tensor) -> Tensor:
+    return torch.autograd.grad((x**3).sum(), x, create_graph=True)[0]
+
+
 def hidden(x: Tensor) -> Tensor:
     class Local(Scaled):
         pass
@@ -586,6 +620,8 @@ def hidden(x: Tensor) -> Tensor:
          "flat: autograd cannot differentiate"),
         (lambda: flat(lambda x: x * torch.rand(3, generator=torch.Generator()), rand(3)),
          RuntimeError, "the gate rand1 cannot .*Generator"),
+        (lambda: flat(autocast, rand(3, 3)), RuntimeError, "gate matmul1 .* autocast is on"),
+        (lambda: flat(gradient, rand(3)), RuntimeError, "the call that made it was not seen"),
         (lambda: flat_code(Ledger([], [], {}, [])), RuntimeError, "does not hold the calls"),
     ],
 )  # fmt: skip

@@ -162,6 +162,13 @@ class _Program:
             else:
                 self.arguments.append(self.argument(node))
         self.outputs = [self.var(slot) for slot in self.recording.outputs]
+        self.roots = list(
+            dict.fromkeys(
+                v
+                for v, slot in zip(self.outputs, self.recording.outputs, strict=True)
+                if slot in self.recording.roots
+            )
+        )
         self.prune()
 
     def argument(self, node: Node) -> Var:
@@ -213,8 +220,11 @@ class _Program:
     # ---- calls
 
     def add(self, node: Node, call: Call) -> None:
+        if call.autocast:
+            raise RuntimeError(
+                f"flat: the gate {node.name} cannot be written as code: autocast is on"
+            )
         args, kwargs = tree_map_only(Slot, self.var, (call.args, call.kwargs), is_leaf=_is_slot)
-        args = tuple(_in_slices(value, self.var) for value in args)
         if call.written and getattr(call.func, "__name__", "") == "__setitem__":
             ((_, after),) = call.written
             base, key, value = args
@@ -225,7 +235,7 @@ class _Program:
             self.add_function(node, call.func, args, result)
             return
         name = getattr(call.func, "__name__", "")
-        func: Callable[..., Any] = call.func
+        func: Any = call.func
         if name in _SWAPPED and len(args) == 2:
             func, args = _SWAPPED[name], args[::-1]
         elif call.func is Tensor.where and len(args) > 1:
@@ -444,7 +454,7 @@ class _Program:
                 needed.update(op.inputs)
         self.ops = kept[::-1]
         self.arguments = [v for v in self.arguments if v in needed or self.is_input(v)]
-        live = {v for v in self.outputs if v.differentiable}
+        live = set(self.roots)
         for op in reversed(self.ops):
             if any(v in live for v in op.outputs):
                 live.update(v for v in op.inputs if v.differentiable)
@@ -455,7 +465,7 @@ class _Program:
                 if op.name in _WITH_INDEX and op.outputs and op.outputs[0] in live:
                     op.result = self.with_index(op)
         for v in live:
-            v.live = True
+            v.live = not v.leaf or v in self.roots or self.ledger.grads[v.node] is not None
 
     def with_index(self, op: Op) -> Any:
         """What picks some of its elements: their index is what the gradient needs."""
@@ -474,11 +484,6 @@ def _is_slot(value: Any) -> bool:
 
 def _is_none(value: Any) -> bool:
     return value is None
-
-
-def _in_slices(value: Any, var: Callable[[Slot], Var]) -> Any:
-    """Tensors in slices as Vars."""
-    return value
 
 
 def _plain(result: Any) -> Any:
@@ -581,15 +586,15 @@ class _Writer:
     def write(self) -> FlatCode:
         program = self.program
         plans = [self.plan(op) for op in program.ops]
-        self.roots = list(dict.fromkeys(v for v in program.outputs if v.live))
-        upstream = [] if len(self.roots) == 1 and not self.roots[0].shape else self.roots
+        roots = program.roots
+        upstream = [] if len(roots) == 1 and not roots[0].shape else roots
         self.add("# Forward pass: compute output")
         for op, made in zip(program.ops, plans, strict=True):
             for text, outputs in made.forward:
                 self.add(text, op.node, "forward", [v.shape for v in outputs])
         self.add("")
         self.add("# Backward pass: compute grads")
-        for root in self.roots:
+        for root in roots:
             self.seed(root, plans, bool(upstream))
         for op, made in zip(program.ops[::-1], plans[::-1], strict=True):
             self.backward(op, made)

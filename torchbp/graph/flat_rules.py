@@ -264,7 +264,7 @@ def _dims(dims: Iterable[int]) -> str:
 # ---- elementwise
 
 #: signature: argument -> its gradient. Rows of the table come from csrc/gates.h, below.
-ELEMENTWISE: dict[str, tuple[str, dict[str, str]]] = {
+FORMULAS: dict[str, tuple[str, dict[str, str]]] = {
     "sub": ("a b alpha=1", {"a": "dy", "b": "-dy * alpha"}),
     "rsub": ("a b alpha=1", {"a": "-dy * alpha", "b": "dy"}),
     "div": ("a b", {"a": "dy / b", "b": "-dy * y / b"}),
@@ -337,14 +337,14 @@ def _from_table() -> None:
         columns = {argument: row.columns[f"d{argument}"] for argument in row.inputs}
         if name == "add":
             extra, columns["b"] = ["alpha=1"], f"{columns['b']} * alpha"
-        ELEMENTWISE[canonical(name)] = " ".join([*row.inputs, *extra]), columns
+        FORMULAS[canonical(name)] = " ".join([*row.inputs, *extra]), columns
 
 
 _from_table()
 
 
 def _elementwise(rule: Rule) -> None:
-    signature, gradients = ELEMENTWISE[rule.op.name]
+    signature, gradients = FORMULAS[rule.op.name]
     given = rule.bind(signature)
     if rule.op.name == "gelu" and given.approximate != "none":
         raise _NoRule
@@ -354,7 +354,7 @@ def _elementwise(rule: Rule) -> None:
         rule.send(getattr(given, argument), text, fresh=text != rule.g, shape=rule.y.shape)
 
 
-RULES.update(dict.fromkeys(ELEMENTWISE, _elementwise))
+RULES.update(dict.fromkeys(FORMULAS, _elementwise))
 
 
 @rule("pow")

@@ -83,17 +83,11 @@ class Op:
     def inputs(self) -> list[Var]:
         """The tensors that go in, each once."""
         found = [v for v in tree_leaves([self.args, self.kwargs]) if isinstance(v, Var)]
-        found += [v for s in _slices(self.args) for v in (s.start, s.stop, s.step)
-                  if isinstance(v, Var)]  # fmt: skip
         return list(dict.fromkeys(found))
 
     @property
     def outputs(self) -> list[Var]:
         return [v for v in tree_leaves(self.result) if isinstance(v, Var)]
-
-
-def _slices(value: Any) -> Iterable[slice]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, slice))
 
 
 def literal(value: Any) -> str:
@@ -109,6 +103,8 @@ def literal(value: Any) -> str:
         return f"float({str(value)!r})"
     if isinstance(value, (bool, int, float, complex, str, bytes)) or value in (None, ...):
         return "..." if value is ... else repr(value)
+    if isinstance(value, Tensor) and not value.dim() and not value.is_floating_point():
+        return repr(value.item())  # where a slice begins
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
         return str(value)
     if isinstance(value, torch.device):

@@ -515,10 +515,10 @@ class _Recorder:
             self.edges,
             found,
             [slot.node for slot in returned],
-            self.recording(returned),
+            self.recording(returned, frozenset(Slot(*self.source_of(value)) for value in roots)),
         )
 
-    def recording(self, outputs: tuple[Slot, ...]) -> Recording:
+    def recording(self, outputs: tuple[Slot, ...], roots: frozenset[Slot]) -> Recording:
         calls = dict(self.calls)
         for number, call in self.calls.items():
             if isinstance(call.func, type):  # of a custom Function the outputs that were used
@@ -536,6 +536,7 @@ class _Recorder:
             self.locals,
             frozenset(self.differentiable),
             outputs,
+            roots,
             frozenset(self.unseen),
         )
 
@@ -774,7 +775,7 @@ class _Calls(TorchFunctionMode):
         arguments = [flat[i] for i in places]
         # Who made them, and where their gradients go, before the call changes any of them; where
         # it changes none, only once it is seen to compute a tensor.
-        changes = _is_in_place(func, kwargs)
+        changes = _is_in_place(func, args, kwargs)
         origins = [recorder.source_of(value) for value in arguments] if changes else []
         targets = [_gradient_edge(value) for value in arguments]
         versions = [value._version for value in arguments]
@@ -825,6 +826,7 @@ class _Calls(TorchFunctionMode):
             and not written
             and _storage_of(results[0]) == _storage_of(arguments[0]),
             random,
+            torch._C._is_any_autocast_enabled(),
         )
         if versions == [value._version for value in arguments]:
 
@@ -848,9 +850,11 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call says by its name or by `out` that it writes to an argument."""
+def _is_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may say that it writes to an argument: by its name, by `out` or `inplace`."""
     name = getattr(func, "__name__", "")
+    if any(value is True for value in (*args, *kwargs.values())):
+        return True
     dunder = name.startswith("__")
     return (
         "out" in kwargs

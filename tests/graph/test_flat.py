@@ -530,6 +530,7 @@ class SumAndProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.size = inputs[0].square().sum()  # no gate
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, grad_product: Tensor) -> Any:  # type: ignore[override]
@@ -560,6 +561,16 @@ def test_torchbp_is_written_as_what_it_computes() -> None:
         "h = F.leaky_relu(z)",
         "y = F.linear(h, layer2_weight, layer2_bias)",
     ]
+
+
+def test_a_frozen_first_layer_has_no_gradient() -> None:
+    model = torchbp.nn.MLP([4, 6, 3]).double()
+    model[0].requires_grad_(False)
+    x = rand(5, 4)
+    first, last = ([layer.weight, layer.bias] for layer in (model[0], model[2]))
+    tensors = (x, first[0], last[0], first[1], last[1])
+    lines = body(check(lambda: model(x), tensors=tensors))
+    assert not [line for line in lines if line.startswith(("grad_h", "grad_z"))]
 
 
 # ---- lines and nodes -----------------------------------------------------------------------------

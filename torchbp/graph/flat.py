@@ -309,7 +309,9 @@ class _Program:
             if i + 1 == layers:
                 self.activated(node, y, given, "none")
                 return
-            h = Var("h", (*x.shape[:-1], weight.shape[0]), x.dtype, node=node, differentiable=True)
+            shape = (*x.shape[:-1], weight.shape[0])
+            differentiable = any(v.differentiable for v in given)
+            h = Var("h", shape, x.dtype, node=node, differentiable=differentiable)
             self.activated(node, h, given, activation)
 
     def add_maxout(self, node: str, y: Var, x: Var, weight: Var, bias: Any = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -553,6 +553,15 @@ def test_custom_functions_are_imported() -> None:
     check(lambda x, y: SumAndProduct.apply(x, y)[1], rand(3), rand(3))  # type: ignore[no-untyped-call]
 
 
+def test_names_of_functions_are_free() -> None:
+    def torch(scaled: Tensor, Scaled_: Tensor) -> Tensor:
+        Scaled_2 = Scaled.apply(scaled * Scaled_, 2.0)  # type: ignore[no-untyped-call]
+        return Scaled_2  # type: ignore[no-any-return]
+
+    assert "def f(" in check(torch, rand(3), rand(3))
+    check(lambda a, b: Scaled.apply(a * b, 2.0), rand(3), rand(3), names=["Scaled", "F"])  # type: ignore[no-untyped-call]
+
+
 def test_torchbp_is_written_as_what_it_computes() -> None:
     model = torchbp.nn.MLP([4, 6, 3], activation="leaky_relu").double()
     lines = body(check(model, rand(5, 4)))
@@ -684,7 +693,62 @@ def test_random_graphs(data: st.DataObject) -> None:
         for operation, i, j in steps:
             a, b = values[i % len(values)], values[j % len(values)]
             values.append(operation(a, b) if operation in BINARY else operation(a))  # type: ignore[operator, arg-type, call-arg]
-        return values[-1], sum(value.sum() for value in values[len(inputs) :])  # type: ignore[return-value]
+        return values[-1], sum(value.sum() for value in values)  # type: ignore[return-value]
 
     torch.manual_seed(0)
     check(fn, *(rand(*shape) for shape in shapes), tolerance=1e-9)
+
+
+WAYS: list[Callable[[Tensor, Tensor, int], Tensor | None]] = [
+    lambda a, b, k: a[k % 3],
+    lambda a, b, k: a[..., k % 3],
+    lambda a, b, k: a[k % 2 :],
+    lambda a, b, k: a.t(),
+    lambda a, b, k: a.view(-1),
+    lambda a, b, k: a * 2,
+    lambda a, b, k: a.detach().clone(),
+    lambda a, b, k: nothing(a.mul_(0.5)),
+    lambda a, b, k: nothing(a.add_(b.sum() * 0.1)),
+    lambda a, b, k: nothing(a.copy_(b.clone())),
+    lambda a, b, k: nothing(a.fill_(0.25 * (k % 5))),
+    lambda a, b, k: nothing(a.sigmoid_()),
+    lambda a, b, k: a.__setitem__(k % 3, 0.3),
+    lambda a, b, k: a.__setitem__((..., k % 3), b.mean().clone()),
+]
+
+
+def nothing(value: Any) -> None:
+    """For a change in place, whose result is not used."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.booleans(),
+    st.lists(
+        st.tuples(st.sampled_from(WAYS), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+        max_size=8,
+    ),
+)
+def test_random_changes_of_shared_memory(
+    differentiable: bool, steps: list[tuple[Callable[..., Tensor | None], int, int, int]]
+) -> None:
+    """Views of one tensor, with or without a gradient, written to in any order."""
+
+    def fn(x: Tensor) -> Tensor:
+        base = x.clone() if differentiable else torch.arange(9.0, dtype=x.dtype).view(3, 3) / 10
+        values = [base]
+        for way, i, j, k in steps:
+            try:
+                made = way(values[i % len(values)], values[j % len(values)], k)
+            except (IndexError, RuntimeError):  # of a shape that this cannot be done with
+                continue
+            values += [] if made is None else [made]
+        return sum((v * (i + 1)).sum() for i, v in enumerate(values)) * (x * base).sum()
+
+    torch.manual_seed(0)
+    x = rand(3, 3).requires_grad_()
+    try:
+        torch.autograd.grad(fn(x), x)
+    except RuntimeError:
+        assume(False)  # autograd has lost a value that it needs
+    check(fn, x.detach(), tolerance=1e-9)

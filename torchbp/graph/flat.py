@@ -510,8 +510,13 @@ class _Names:
     """Names that are Python's, each once, and so that `grad_` before one is no other."""
 
     def __init__(self) -> None:
-        self.taken = {*keyword.kwlist, "torch", "torchbp", "F", "float", "len", "slice"}
+        self.reserved = {*keyword.kwlist, "torch", "torchbp", "F", "float", "len", "slice"}
+        self.taken = set(self.reserved)
         self.wanted: set[str] = set()
+
+    def reserve(self, names: Iterable[str]) -> None:
+        self.reserved.update(names)
+        self.taken.update(names)
 
     def take(self, name: str) -> str:
         self.taken |= {name, f"grad_{name}"}
@@ -581,6 +586,16 @@ class _Writer:
     def __init__(self, ledger: Ledger) -> None:
         self.program = _Program(ledger)
         self.names = _Names()
+        self.functions: dict[str, Any] = {}  # that are imported
+        for op in self.program.ops:
+            if op.name == "apply" and op.func is not None:
+                known = self.functions.setdefault(op.func.__name__, op.func)
+                if known is not op.func:
+                    raise RuntimeError(
+                        f"flat: the gate {op.node} cannot be written as code: there is another "
+                        f"custom Function {op.func.__name__}"
+                    )
+        self.names.reserve(self.functions)
         _name_all(self.program, self.names)
         self.lines: list[Line] = []
         self.grads: dict[Var, bool] = {}  # those with a gradient so far: whether += may change it
@@ -672,8 +687,7 @@ class _Writer:
     def head(self, upstream: list[Var]) -> list[Line]:
         name = self.program.recording.name
         name = _identifier(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
-        name = name if name.isidentifier() and not keyword.iskeyword(name) else "f"
-        if self.program.recording.name in ("<lambda>", "f"):
+        if self.program.recording.name == "<lambda>" or name in self.names.reserved:
             name = "f"
         arguments = [v.name for v in self.program.arguments]
         arguments += [f"{v.grad}=None" for v in upstream]
@@ -693,8 +707,7 @@ class _Writer:
             )
             if re.search(pattern, text)
         ]
-        functions = {op.func for op in self.program.ops if op.name == "apply"}
-        lines += sorted(f"from {f.__module__} import {f.__name__}" for f in functions if f)
+        lines += sorted(f"from {f.__module__} import {f.__name__}" for f in self.functions.values())
         lines += ["", ""] if lines else []
         return [(line, None, None) for line in lines]
 

@@ -56,13 +56,11 @@ class Plan:
         forward: statements that compute it, each with the tensors that it makes.
         before: statements for the backward, before its gradients.
         sent: its gradients.
-        together: a statement that computes all the gradients at once, to be read by `sent`.
     """
 
     forward: list[tuple[str, Sequence[Var]]] = field(default_factory=list)
     before: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
-    together: str | None = None
 
 
 class Rule:

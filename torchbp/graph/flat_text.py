@@ -219,9 +219,11 @@ def call_text(op: Op) -> str:
     args, kwargs = op.args, op.kwargs
     if isinstance(op.func, type):
         name = op.func.__name__
-        module = sys.modules.get(op.func.__module__)
-        if getattr(module, name, None) is not op.func:
-            raise Unwritable(f"{op.func.__module__} has no {name} to import")
+        path = op.func.__module__
+        if getattr(sys.modules.get(path), name, None) is not op.func:
+            raise Unwritable(f"{path} has no {name} to import")
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise Unwritable(f"{path} cannot be imported by name")
         return f"{name}.apply({_arguments(args, kwargs)})"
     promoted = op.in_place and any(v.dtype != op.outputs[0].dtype for v in op.inputs)
     if not kwargs and not promoted:

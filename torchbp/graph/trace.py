@@ -139,6 +139,7 @@ class _Gate:
 
 def _forwards(function: type, method: str) -> Iterator[FunctionType]:
     """The `forward`, or the `setup_context`, of every custom Function that there is."""
+    kind: Any
     for kind in function.__subclasses__():
         own = inspect.unwrap(getattr(kind, method))
         if isinstance(own, FunctionType):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import torchbp
 import torchbp.functional as F
 from examples import flat_code as lecture
-from tests.graph.cases import CASES, MODULES, M, rand
+from tests.graph.cases import CASES, MODULES, M, rand, total
 from torchbp.graph import Ledger, flat, trace
 from torchbp.graph.flat import FlatCode, flat_code
 
@@ -608,6 +608,21 @@ def test_each_line_says_which_node_it_belongs_to() -> None:
     assert found["relu1", "forward"] == "h1"
     assert found["relu1", "backward"] == "grad_z1"
     assert found["linear1", "backward"] == "grad_b1"
+
+
+@pytest.mark.parametrize(
+    "name", ["in place through a view", "torch.unbind", "torch.max with its index", "torchbp.mlp",
+             "torchbp.maxout", "torchbp.l2_penalty", "F.sdpa", "F.dropout", "torch.getitem"]
+)  # fmt: skip
+def test_each_gate_that_has_a_gradient_has_its_lines(name: str) -> None:
+    fn, inputs = CASES[name]
+    ledger = trace(lambda *args: total(fn(*args)), *inputs())
+    found = {(node, direction) for _, node, direction in code(ledger).lines}
+    for node in ledger.nodes:
+        if node.kind == "gate" and any(u is not None for u in node.upstreams):
+            assert (node.name, "forward") in found
+            if any(edge.product is not None for edge in ledger.operands(node)):
+                assert (node.name, "backward") in found
 
 
 # ---- bad input -----------------------------------------------------------------------------------

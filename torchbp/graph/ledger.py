@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from .recording import Recording
 from .text import dtype_name, render
 
 __all__ = ["Edge", "Held", "Ledger", "Node"]
@@ -222,6 +223,7 @@ class Ledger:
     edges: list[Edge]
     grads: dict[str, Tensor | None]
     outputs: list[int]
+    _recording: Recording = field(default_factory=Recording, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Node:
         """The node of a name."""

@@ -14,22 +14,26 @@ from __future__ import annotations
 import inspect
 import linecache
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calling import arguments, captured, check_function, unchanged
+from .calling import arguments, captured, check_function, name_of, unchanged
 from .ledger import Edge, Held, Ledger, Node
 from .operations import ELEMENTWISE, canonical, pattern_of, rule_of
+from .recording import Alias, Call, Recording, Slot
 
 __all__ = ["trace"]
 
@@ -68,18 +72,37 @@ def trace(
         >>> {name: grad.item() for name, grad in ledger.grads.items()}
         {'x': -4.0, 'y': -4.0, 'z': 3.0}
     """
-    check_function("trace", fn)
+    return record("trace", fn, inputs, names, lambda outputs: _upstream(outputs, grad_output))
+
+
+def record(
+    op: str,
+    fn: Function,
+    inputs: Sequence[Any],
+    names: Sequence[str] | None,
+    upstream: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]],
+) -> Ledger:
+    """The ledger of `fn(*inputs)`.
+
+    Args:
+        op: who asks, for messages.
+        upstream: the outputs to differentiate, and dL/doutput for each, of all outputs.
+    """
+    check_function(op, fn)
     with unchanged(fn, inputs):
         given, leaves, copies = arguments(fn, inputs, lambda _: True)
         recorder = _Recorder(fn)
-        for (path, copy), name in zip(copies.items(), _names(names, list(copies)), strict=True):
+        for (path, copy), name in zip(copies.items(), _names(op, names, copies), strict=True):
             recorder.add_input(copy, leaves.get(path), name)
         with recorder.watch():
             output = fn(*given)
         outputs = [value for value in tree_flatten(output)[0] if isinstance(value, Tensor)]
         for value in outputs:
             recorder.source_of(value)
-        return recorder.differentiate(outputs, grad_output)
+        recorder.name_results()
+        recorder.functions.clear()  # frames, which would keep this one alive
+        recorder.function = None
+        return recorder.differentiate(op, outputs, *upstream(outputs))
 
 
 # ---- what is seen
@@ -114,14 +137,14 @@ class _Gate:
         self.arguments: list[Tensor] = []
 
 
-def _forwards(function: type) -> Iterator[FunctionType]:
-    """What every custom Function that there is runs in its forward pass."""
+def _forwards(function: type, method: str) -> Iterator[FunctionType]:
+    """The `forward`, or the `setup_context`, of every custom Function that there is."""
     kind: Any
     for kind in function.__subclasses__():
-        for method in (kind.forward, kind.setup_context):
-            if isinstance(inspect.unwrap(method), FunctionType):
-                yield inspect.unwrap(method)
-        yield from _forwards(kind)
+        own = inspect.unwrap(getattr(kind, method))
+        if isinstance(own, FunctionType):
+            yield own
+        yield from _forwards(kind, method)
 
 
 class _Recorder:
@@ -138,6 +161,19 @@ class _Recorder:
         self.named: dict[int, tuple[str, str]] = {}
         self.roots: dict[Any, int] = {}  # autograd nodes that are as good as a leaf -> its node
         self.trained: list[str] = []
+        self.calls: dict[int, Call] = {}  # by the id of their node
+        self.aliases: dict[Slot, Alias] = {}
+        self.stale: dict[int, list[tuple[Slot, Slot]]] = {}  # id of a tensor -> writes under it
+        self.locals: dict[Slot, str] = {}  # what the traced code calls a value
+        self.unnamed: list[tuple[Tensor, list[FrameType]]] = []
+        self.differentiable: set[Slot] = set()
+        self.unseen: set[int] = set()  # nodes of what was computed by a call that was not seen
+        self.grad_enabled = True  # as the traced code set it: off in a custom Function's forward
+        self.function: FrameType | None = None  # the forward that ran last
+        # Arguments of custom Functions, and where they were called, by the numbers of their nodes.
+        self.functions: dict[int, tuple[tuple[Any, ...], list[FrameType]]] = {}
+        self.random = False  # whether the call that runs draws random numbers
+        self.fn = name_of(fn)
         for path, held in ({"": fn} if isinstance(fn, nn.Module) else captured(fn)).items():
             if isinstance(held, Tensor):
                 kind = "parameter" if held.requires_grad else "constant"
@@ -149,16 +185,33 @@ class _Recorder:
                 self.trained += [prefix + name] * p.requires_grad
             for name, b in held.named_buffers():
                 self.named[id(b)] = prefix + name, "buffer"
-        self.forwards = {forward.__code__ for forward in _forwards(torch.autograd.Function)}
+        self.forwards, self.contexts = (
+            {own.__code__ for own in _forwards(torch.autograd.Function, method)}
+            for method in ("forward", "setup_context")
+        )
 
     def inside_function(self) -> bool:
-        """Whether a custom Function is running its forward, which is one gate."""
+        """Whether a custom Function that is differentiated runs its forward, which is one gate."""
+        outermost = None
         frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code is not trace.__code__:
-            if frame.f_code in self.forwards:
-                return True
+        while frame is not None and frame.f_code is not record.__code__:
+            if frame.f_code in self.forwards or frame.f_code in self.contexts:
+                outermost = frame
             frame = frame.f_back
-        return False
+        if outermost is None or not self.grad_enabled:
+            return False
+        if outermost is not self.function:
+            given = _arguments_of(outermost)
+            if outermost.f_code in self.contexts:  # of (ctx, inputs, output)
+                given = list(given[0])
+            if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
+                return False
+            # The node of the graph was numbered just before its forward began.
+            number = _get_sequence_nr() - 1
+            self.function = outermost
+            slots = tuple(self.slot(value) for value in given)
+            self.functions.setdefault(number, (slots, _frames(outermost.f_back)))
+        return True
 
     def watch(self) -> _Watch:
         return _Watch(self)
@@ -184,6 +237,10 @@ class _Recorder:
             name = self.numbered(name + "_")
         node = self.add(name, kind)
         node.values, node.upstreams = [Held.of(value)], [None]
+        if value.requires_grad:
+            self.differentiable.add(Slot(node.id, 0))
+        if kind == "constant" and any(made is value for made in self.fresh):
+            self.unseen.add(node.id)
         self.leaves[id(value)] = value, node.id
         self.sources[id(value)] = value, value.grad_fn, node.id, 0
         return node.id
@@ -216,12 +273,78 @@ class _Recorder:
         """The node that a tensor is a value of, and which."""
         grad_fn = value.grad_fn
         known = self.sources.get(id(value))
-        if known is not None and known[0] is value and known[1] is grad_fn:
-            return known[2], known[3]
+        if known is not None and known[0] is value:
+            written = self.stale.pop(id(value), None)
+            if written is not None:
+                return self.alias(value, Slot(*known[2:]), written)
+            if known[1] is grad_fn:
+                return known[2], known[3]
         if grad_fn is None:
             return self.leaf_of(value), 0
         gate = self.gate_of(grad_fn)
-        return gate.node.id, self.result(gate, grad_fn, value.output_nr, value)
+        slot = Slot(gate.node.id, self.result(gate, grad_fn, value.output_nr, value))
+        if gate.node.id not in self.calls or isinstance(self.calls[gate.node.id].func, type):
+            self.unnamed.append((value, self.frames_of(grad_fn)))
+        return slot
+
+    def made(self, value: Any) -> Slot | None:
+        """The Slot of a tensor that a call returned; None for all else."""
+        return Slot(*self.source_of(value)) if isinstance(value, Tensor) else None
+
+    def slot(self, value: Any) -> Any:
+        """The Slot of a tensor; all else as it is."""
+        return Slot(*self.source_of(value)) if isinstance(value, Tensor) else value
+
+    def alias(
+        self, value: Tensor, before: Slot, written: list[tuple[Slot, Slot]]
+    ) -> tuple[int, int]:
+        """The value of a tensor after memory that it shares was written to."""
+        grad_fn = value.grad_fn
+        if grad_fn is None:
+            gate = self.new_gate("alias", None)
+            for argument, source in enumerate((before, written[-1][1])):
+                self.connect(gate, *source, argument, None)
+            gate.results.append(None)
+            gate.node.values.append(Held.of(value))
+            gate.node.upstreams.append(None)
+            self.sources[id(value)] = value, None, gate.node.id, 0
+            slot = Slot(gate.node.id, 0)
+        else:
+            gate = self.gate_of(grad_fn)
+            slot = Slot(gate.node.id, self.result(gate, grad_fn, value.output_nr, value))
+        self.aliases.setdefault(slot, Alias(before, tuple(written)))
+        return slot
+
+    def writes(self, value: Tensor, before: Slot, after: Slot) -> None:
+        """Note a change in place for every other tensor in the same memory."""
+        memory = _storage_of(value)
+        for other, *_ in self.sources.values():
+            if other is not value and memory is not None and _storage_of(other) == memory:
+                self.stale.setdefault(id(other), []).append((before, after))
+
+    # ---- names of local variables
+
+    def frames_of(self, grad_fn: Any) -> list[FrameType]:
+        """Where a custom Function was called from."""
+        known = self.functions.get(_number_of(grad_fn))
+        return [] if known is None else known[1]
+
+    def name_results(self) -> None:
+        """Find the names of the variables that the last results were assigned to."""
+        for value, frames in self.unnamed:
+            known = self.sources.get(id(value))
+            if known is None or Slot(*known[2:]) in self.locals:
+                continue
+            names = (
+                name
+                for frame in frames
+                for name, held in list(frame.f_locals.items())
+                if held is value and name.isidentifier() and name.strip("_")
+            )
+            for name in names:
+                self.locals[Slot(*known[2:])] = name
+                break
+        self.unnamed.clear()
 
     def result(self, gate: _Gate, grad_fn: Any, number: int, value: Tensor | None) -> int:
         """Which output of a gate an output of an autograd node is; a new one if need be."""
@@ -235,6 +358,8 @@ class _Recorder:
         if value is not None:
             if gate.node.values[place] is None:
                 gate.node.values[place] = Held.of(value)
+            if value.requires_grad:
+                self.differentiable.add(Slot(gate.node.id, place))
             self.sources[id(value)] = value, grad_fn, gate.node.id, place
         return place
 
@@ -263,8 +388,12 @@ class _Recorder:
         for end in ("Backward0", "Backward1", "Backward2", "Backward"):
             name = name.removesuffix(end)
         operation = canonical(name)
-        gate = self.new_gate(operation, None)
+        given, frames = self.functions.get(_number_of(grad_fn), (None, []))
+        gate = self.new_gate(operation, _line_of(frames))
         self.claim(gate, grad_fn)
+        if given is not None:
+            function = type(grad_fn)._forward_cls
+            self.calls[gate.node.id] = Call(function, given, {}, None)
         for argument, (fn, number) in enumerate(grad_fn.next_functions):
             if fn is None:
                 continue
@@ -277,6 +406,7 @@ class _Recorder:
         for value in self.fresh:
             if value.grad_fn is grad_fn:
                 self.result(gate, grad_fn, value.output_nr, value)
+                self.unnamed.append((value, frames))
 
     def new_gate(self, operation: str, source: str | None) -> _Gate:
         gate = _Gate(self.add(self.numbered(operation), "gate", operation, source))
@@ -354,8 +484,9 @@ class _Recorder:
 
     # ---- backward
 
-    def differentiate(self, outputs: list[Tensor], grad_output: Any) -> Ledger:
-        roots, given = _upstream(outputs, grad_output)
+    def differentiate(
+        self, op: str, outputs: list[Tensor], roots: list[Tensor], given: list[Tensor]
+    ) -> Ledger:
         wanted = [(leaf, number) for leaf, number in self.leaves.values() if leaf.requires_grad]
         arrived: dict[Any, tuple[Any, Any]] = {}
 
@@ -371,7 +502,7 @@ class _Recorder:
                 roots, [leaf for leaf, _ in wanted], given, retain_graph=True, allow_unused=True
             )
         except RuntimeError as error:
-            raise RuntimeError(f"trace: autograd cannot differentiate this: {error}") from error
+            raise RuntimeError(f"{op}: autograd cannot differentiate this: {error}") from error
         finally:
             for handle in hooks:
                 handle.remove()
@@ -386,11 +517,35 @@ class _Recorder:
         }
         for name in self.trained:
             found.setdefault(name, None)
+        returned = tuple(Slot(*self.source_of(value)) for value in outputs)
         return Ledger(
             self.nodes,
             self.edges,
             found,
-            [self.source_of(value)[0] for value in outputs],
+            [slot.node for slot in returned],
+            self.recording(returned, frozenset(Slot(*self.source_of(value)) for value in roots)),
+        )
+
+    def recording(self, outputs: tuple[Slot, ...], roots: frozenset[Slot]) -> Recording:
+        calls = dict(self.calls)
+        for number, call in self.calls.items():
+            if isinstance(call.func, type):  # of a custom Function the outputs that were used
+                gate = self.gates[number]
+                (member,) = gate.members
+                made: list[Slot | None] = [None] * len(member._input_metadata)
+                for place, result in enumerate(gate.results):
+                    if result is not None:
+                        made[result[1]] = Slot(number, place)
+                calls[number] = replace(call, result=made[0] if len(made) == 1 else tuple(made))
+        return Recording(
+            self.fn,
+            calls,
+            self.aliases,
+            self.locals,
+            frozenset(self.differentiable),
+            outputs,
+            roots,
+            frozenset(self.unseen),
         )
 
     def settle(self, gate: _Gate, arrived: dict[Any, tuple[Any, Any]]) -> None:
@@ -483,15 +638,16 @@ def _taken(grads: dict[tuple[Any, int], list[Tensor | None]], operand: _Operand)
     return Held.of(total)
 
 
-def _names(names: Sequence[str] | None, paths: list[str]) -> list[str]:
+def _names(op: str, names: Sequence[str] | None, paths: Iterable[str]) -> list[str]:
     """A name for each tensor among the inputs."""
+    paths = list(paths)
     if names is None:
         return paths
     names = list(names)
     if len(names) != len(paths) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"trace: names wants {len(paths)} strings, got {names}")
+        raise TypeError(f"{op}: names wants {len(paths)} strings, got {names}")
     if len(set(names)) < len(names):
-        raise TypeError(f"trace: names wants each name once, got {names}")
+        raise TypeError(f"{op}: names wants each name once, got {names}")
     return names
 
 
@@ -507,14 +663,20 @@ def _grads_of(node: Any, upstream: Tensor) -> Sequence[Tensor | None]:
     return [None if fn is None else next(needed) for fn, _ in node.next_functions]
 
 
-def _upstream(outputs: list[Tensor], grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that are differentiated, and dL/doutput for each."""
+def roots_of(op: str, outputs: list[Tensor]) -> list[Tensor]:
+    """The outputs that have a gradient."""
     roots = [value for value in outputs if value.requires_grad]
     if not roots:
         raise ValueError(
-            "trace: fn wants an output that depends on a floating input or parameter through "
+            f"{op}: fn wants an output that depends on a floating input or parameter through "
             f"differentiable operations, got {len(outputs)} tensors without a gradient"
         )
+    return roots
+
+
+def _upstream(outputs: list[Tensor], grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that are differentiated, and dL/doutput for each."""
+    roots = roots_of("trace", outputs)
     if grad_output is None:
         if len(roots) > 1:
             raise TypeError(
@@ -559,7 +721,7 @@ def _upstream(outputs: list[Tensor], grad_output: Any) -> tuple[list[Tensor], li
 #: What only looks at a tensor, or sets a flag.
 _NO_GATE = frozenset(
     """
-    requires_grad_ retain_grad register_hook detach_ data grad size stride numel dim item
+    requires_grad_ retain_grad register_hook detach_ grad size stride numel dim item
     tolist is_contiguous backward
     """.split()  # noqa: SIM905
 )
@@ -588,6 +750,8 @@ class _Values(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.recorder.random |= _draws(func, args, kwargs or {})
         with torch._C.DisableTorchFunction():  # this is no call of the function that is traced
             result = func(*args, **(kwargs or {}))
         for value in tree_flatten(result)[0]:
@@ -609,29 +773,69 @@ class _Calls(TorchFunctionMode):
         name = _name_of(func)
         if name in _NO_GATE or recorder.inside_function():
             return func(*args, **kwargs)
+        if name == "_set_grad_enabled":
+            recorder.grad_enabled = args[0]
+            return func(*args, **kwargs)
+        recorder.name_results()
+        recorder.random = False
         flat, structure = tree_flatten((args, kwargs))
         places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
         arguments = [flat[i] for i in places]
         # Who made them, and where their gradients go, before the call changes any of them; where
         # it changes none, only once it is seen to compute a tensor.
-        changes = _is_in_place(func, kwargs)
+        changes = _is_in_place(func, args, kwargs)
         origins = [recorder.source_of(value) for value in arguments] if changes else []
         targets = [_gradient_edge(value) for value in arguments]
         versions = [value._version for value in arguments]
         earlier, recorder.fresh = recorder.fresh, []
         result = func(*args, **kwargs)
         recorder.fresh = earlier
+        random = recorder.random
+        returned, shape = tree_flatten(result)
         results = [
             value
-            for value in tree_flatten(result)[0]
+            for value in returned
             if isinstance(value, Tensor) and not _is_untouched(value, arguments, versions)
         ]
+        if not results and changes:  # x[i] = value returns nothing
+            results = [
+                value
+                for value, version in zip(arguments[:1], versions, strict=False)
+                if value._version != version
+            ]
         if not results:
             return result
         if not changes:
             origins = [recorder.source_of(value) for value in arguments]
         recorder.fresh.clear()
-        gate = recorder.call(name, _caller(), arguments, origins, targets, results)
+        frames = _frames(sys._getframe(1))
+        gate = recorder.call(name, _line_of(frames), arguments, origins, targets, results)
+        known = list(flat)
+        for place, origin in zip(places, origins, strict=True):
+            known[place] = Slot(*origin)
+        args_, kwargs_ = tree_unflatten(known, structure)
+        written = {
+            id(value): (Slot(*origin), Slot(*recorder.source_of(value)))
+            for value, origin in zip(arguments, origins, strict=True)
+            if any(value is made for made in results)
+        }
+        for value in arguments:
+            if id(value) in written:
+                recorder.writes(value, *written[id(value)])
+        recorder.unnamed += [(value, frames) for value in results]
+        recorder.calls[gate.node.id] = Call(
+            func,
+            args_,
+            kwargs_,
+            tree_unflatten([recorder.made(value) for value in returned], shape),
+            tuple(written.values()),
+            bool(arguments)
+            and results[0]._is_view()
+            and not written
+            and _storage_of(results[0]) == _storage_of(arguments[0]),
+            random,
+            torch._C._is_any_autocast_enabled(),
+        )
         if versions == [value._version for value in arguments]:
 
             def repeat(values: list[Tensor]) -> Any:
@@ -645,11 +849,27 @@ class _Calls(TorchFunctionMode):
         return result
 
 
-def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call says by its name or by `out` that it writes to an argument."""
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether what may draw random numbers does; attention without dropout does not."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+            return bool(given)
+    return True
+
+
+def _is_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may say that it writes to an argument: by its name, by `out` or `inplace`."""
     name = getattr(func, "__name__", "")
+    if any(value is True for value in (*args, *kwargs.values())):
+        return True
     dunder = name.startswith("__")
-    return "out" in kwargs or (name.endswith("_") and not dunder) or name.startswith("__i")
+    return (
+        "out" in kwargs
+        or name == "__setitem__"
+        or (name.endswith("_") and not dunder)
+        or name.startswith("__i")
+    )
 
 
 def _is_untouched(value: Tensor, arguments: list[Tensor], versions: list[int]) -> bool:
@@ -669,6 +889,8 @@ def _gradient_edge(value: Tensor) -> tuple[Any, int] | None:
 
 def _name_of(func: Any) -> str:
     """The last part of a function's name, without what marks a property."""
+    if isinstance(func, torch._ops.OpOverload):  # of torch.ops
+        return canonical(func._schema.name.rpartition("::")[2])
     name = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
     parts = name.split(".")
     if parts[-1] in ("__get__", "__set__") and len(parts) > 1:
@@ -676,14 +898,46 @@ def _name_of(func: Any) -> str:
     return canonical(parts[-1])
 
 
-def _caller() -> str | None:
-    """File, line and text of the line outside of PyTorch and torchbp that is running."""
-    frame: FrameType | None = sys._getframe(1)
-    own = (torch.__path__[0], __file__)
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith(own):
-            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            return f"{code.co_filename}:{frame.f_lineno}: {line}" if line else None
+#: Where code lies that is not the traced function's.
+_OWN = tuple(str(path) + os.sep for path in (torch.__path__[0], Path(__file__).parents[1]))
+
+
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    """The traced code that is running, the innermost call first."""
+    frames = []
+    while frame is not None and frame.f_code is not record.__code__:
+        if not frame.f_code.co_filename.startswith(_OWN):
+            frames.append(frame)
         frame = frame.f_back
-    return None
+    return frames
+
+
+def _line_of(frames: list[FrameType]) -> str | None:
+    """File, line and text of the line that is running."""
+    if not frames:
+        return None
+    name, number = frames[0].f_code.co_filename, frames[0].f_lineno
+    line = linecache.getline(name, number).strip()
+    return f"{name}:{number}: {line}" if line else None
+
+
+def _arguments_of(frame: FrameType) -> list[Any]:
+    """What the function of a frame was called with, by position; without the `ctx` of a forward."""
+    code, local = frame.f_code, frame.f_locals
+    given = [local.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += local.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
+    return given[1:] if given and isinstance(given[0], BackwardCFunction) else given
+
+
+def _number_of(grad_fn: Any) -> int:
+    """When a custom Function was called; -1 for other nodes of autograd's graph."""
+    return grad_fn._sequence_nr() if isinstance(grad_fn, BackwardCFunction) else -1
+
+
+def _storage_of(value: Tensor) -> int | None:
+    """What tells whether two tensors share memory."""
+    try:
+        return value.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # sparse tensors have none
+        return None

@@ -107,7 +107,7 @@ class Held:
         if self.numel == 1:
             return number(self.sample.item())
         if self.tensor is not None and self.numel <= 4:
-            return str(_rounded(self.tensor.tolist()))
+            return number(self.tensor.tolist())
         return f"{list(self.shape)} {number(self.min)} .. {number(self.max)}"
 
 
@@ -349,12 +349,6 @@ def pattern(node: Node) -> str:
     """The gate's, and that of the fork behind it."""
     names = [*([node.pattern] if node.pattern else []), *(["adder"] if node.uses > 1 else [])]
     return ", ".join(names)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return float(number(value)) if isinstance(value, float) else value
 
 
 def _number(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The picture of a ledger: the lecture's circuit, as SVG.
 
-The value stands above each edge in green, the gradient below in red; under each gate upstream times
-local gradient. A tensor of more than four elements is a small heat map with its range. The picture
+The value stands above each edge in green, the gradient below in red; under each gate, by the names
+of its operands, upstream times local gradient. A tensor of more than four elements is a small heat map with its range. The picture
 is a file of its own: no script, no font, nothing from the network; it follows the reader's light or
 dark scheme.
 """
@@ -70,8 +70,8 @@ text { font: 12px FONT; fill: var(--ink); text-anchor: middle; font-variant-nume
 .value { fill: var(--value); }
 .gradient { fill: var(--gradient); }
 .local { fill: var(--local); }
-.caption, .small, .caption tspan { font-size: 10.5px; }
-.caption { fill: var(--muted); }
+.caption, .name, .small, .caption tspan { font-size: 10.5px; }
+.caption, .name { fill: var(--muted); }
 .pattern { font-style: italic; }
 .frame { fill: none; stroke: var(--wire); stroke-width: 0.75; }
 image { image-rendering: pixelated; }
@@ -414,6 +414,7 @@ class _Place:
     text: str
     value: _Label | None = None
     gradient: _Label | None = None
+    name: str = ""  # above a gate, for the captions that speak of it
     captions: Sequence[_Caption] = ()
     ports: Sequence[Edge] = ()
     heads: dict[int, _Label] | None = None  # by argument: what one use of a value sends back
@@ -435,7 +436,9 @@ class _Place:
         tail = max((label.width for label in labels), default=0.0)
         head = max((label.width for label in (self.heads or {}).values()), default=0.0)
         return Size(
-            body=max(self.width, *(line.width for line in self.captions), 0.0),
+            body=max(
+                self.width, _wide(self.name, 10.5), *(line.width for line in self.captions), 0.0
+            ),
             tail=tail + 14 if labels else 0.0,
             head=head + 8 if head else 0.0,
         )
@@ -443,7 +446,8 @@ class _Place:
     @property
     def up(self) -> float:
         """How far it reaches above its middle."""
-        return max(self.height / 2, self.value.height + 2 if self.value else 0.0)
+        name = _LINE if self.name else 0.0
+        return max(self.height / 2 + name, self.value.height + 2 if self.value else 0.0)
 
     @property
     def down(self) -> float:
@@ -545,6 +549,7 @@ class _Picture:
         place = _Place(node, 0, tap=False, text=label_of(node, self.ledger))
         if captions:
             place.captions = _captions(node, self.ledger)
+            place.name = _short_name(node.name) if node.kind == "gate" else ""
         self.of_node.append(len(self.places))
         self.places.append(place)
         outputs = range(len(node.values)) if several else [0]
@@ -705,6 +710,11 @@ class _Picture:
             f'height="{height:.1f}" rx="{16 if node.kind == "gate" else 5}"/>',
             f'<text{sign} x="{x:.1f}" y="{y + drop:.1f}">{label}</text>',
         ]
+        if place.name:
+            above = y - height / 2 - 4
+            lines.append(
+                f'<text class="name" x="{x:.1f}" y="{above:.1f}">{clean(place.name)}</text>'
+            )
         below = y + height / 2 + 2
         for line in place.captions:
             below += _LINE

@@ -195,7 +195,7 @@ def test_steps_meet_each_gate_once_forward_and_once_backward() -> None:
     # A gradient is complete when the last of its uses has sent its part.
     w1 = ledger["w1"]
     users = [edge.target for edge in ledger.edges if edge.source == w1.id]
-    assert steps.arrived(w1.id, 0, ledger) == max(steps.backward[target] for target in users)
+    assert steps.arrived(w1.id, 0) == max(steps.backward[target] for target in users)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -30,52 +30,72 @@ struct OneThread {
   }
 };
 
-// A piece of a row in the compute dtype. Its loops run over whole vectors: behind the end stands -inf, whose exponential
-// is 0.
+// A piece of a row, and its exponentials. Loops run over blocks of four vectors, none of which waits for another; behind
+// the end stands -inf, whose exponential is 0.
 template <class T>
 struct Piece {
   using C = Compute<T>;
   static constexpr int width = TORCHBP_VECTOR / sizeof(C);
   static constexpr int64_t size = 2048, lanes = 4 * width;
   typedef C Vector __attribute__((vector_size(TORCHBP_VECTOR)));
-  int64_t padded = 0;
   alignas(64) C x[size];
 
-  TORCHBP_INLINE const Vector& vector(int64_t j) const { return reinterpret_cast<const Vector*>(x)[j]; }
-
-  TORCHBP_INLINE void read(const T* from, int64_t n) {
-    padded = (n + lanes - 1) / lanes * lanes;
-    for (int64_t j = padded - lanes; j < padded; ++j) x[j] = -std::numeric_limits<C>::infinity();
-    load_n(x, from, n);
+  // f(block, j) for each block of the n numbers, the jth and what follows it, in the compute dtype. They are read where
+  // they are, or pass through x; held: whether they are there already.
+  template <class F>
+  TORCHBP_INLINE void for_blocks(const T* from, int64_t n, bool held, const F& f) {
+    const int64_t whole = n / lanes * lanes;
+    for (int64_t j = 0; j < whole; j += lanes) {
+      if constexpr (std::is_same_v<T, C>) {
+        f(from + j, j);
+      } else {
+        if (!held) load_n(x + j, from + j, lanes);
+        f(x + j, j);
+      }
+    }
+    if (whole == n) return;
+    if (!held || std::is_same_v<T, C>) {
+      std::fill_n(x + whole, lanes, -std::numeric_limits<C>::infinity());
+      load_n(x + whole, from + whole, n - whole);
+    }
+    f(x + whole, whole);
   }
 
-  // The largest, in each place of a vector; nan aside, unless it is first there.
-  TORCHBP_INLINE C most() const {
-    Vector m[4];
-    for (int i = 0; i < 4; ++i) m[i] = vector(i);
-    for (int64_t j = 4; j < padded / width; j += 4)
-      for (int i = 0; i < 4; ++i) m[i] = vector(j + i) > m[i] ? vector(j + i) : m[i];
+  TORCHBP_INLINE static Vector vector(const C* p) {
+    Vector v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+  }
+
+  // The largest, nan aside. x holds the piece then if it has another dtype.
+  TORCHBP_INLINE C most(const T* from, int64_t n) {
+    constexpr C least = -std::numeric_limits<C>::infinity();
+    Vector m[4] = {least + Vector{}, least + Vector{}, least + Vector{}, least + Vector{}};
+    for_blocks(from, n, false, [&](const C* block, int64_t) {
+      for (int i = 0; i < 4; ++i) {
+        const Vector here = vector(block + i * width);
+        m[i] = here > m[i] ? here : m[i];
+      }
+    });
     for (int i = 1; i < 4; ++i) m[0] = m[i] > m[0] ? m[i] : m[0];
     C all = m[0][0];
     for (int k = 1; k < width; ++k) all = m[0][k] > all ? m[0][k] : all;
     return all;
   }
 
-  TORCHBP_INLINE C sum() const {
-    Vector s[4];
-    for (int i = 0; i < 4; ++i) s[i] = vector(i);
-    for (int64_t j = 4; j < padded / width; j += 4)
-      for (int i = 0; i < 4; ++i) s[i] += vector(j + i);
+  // x = exp(piece - shift). Returns their sum.
+  TORCHBP_INLINE C exponentials(const T* from, int64_t n, bool held, C shift) {
+    Vector s[4] = {};
+    for_blocks(from, n, held, [&](const C* block, int64_t j) {
+      for (int64_t k = 0; k < lanes; ++k) x[j + k] = exp_to_one(block[k] - shift);
+      for (int i = 0; i < 4; ++i) s[i] += vector(x + j + i * width);
+    });
     const Vector all = (s[0] + s[1]) + (s[2] + s[3]);
     C sums[width];
     memcpy(sums, &all, sizeof(all));
     for (int half = width / 2; half > 0; half /= 2)
       for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
     return sums[0];
-  }
-
-  TORCHBP_INLINE void exponentials(C shift) {
-    for (int64_t j = 0; j < padded; ++j) x[j] = exp_to_one(x[j] - shift);
   }
 };
 
@@ -96,46 +116,42 @@ struct ManyClasses {
   // The largest x of a row and the sum of exp(x - shift), which stays in the piece if the row is one.
   TORCHBP_INLINE void softmax(const T* x, C& shift, double& sum) {
     constexpr C least = -std::numeric_limits<C>::infinity();
-    const bool one = a.classes <= piece.size;
     C most = least;
-    for_pieces([&](int64_t first, int64_t n) {
-      piece.read(x + first, n);
-      const C m = piece.most();
-      most = m > most || isnan(m) ? m : most;
-    });
+    for_pieces([&](int64_t first, int64_t n) { most = std::max(most, piece.most(x + first, n)); });
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     shift = most == least ? C(0) : most;
     sum = 0;
-    for_pieces([&](int64_t first, int64_t n) {
-      if (!one) piece.read(x + first, n);
-      piece.exponentials(shift);
-      sum += piece.sum();
-    });
+    for_pieces([&](int64_t first, int64_t n) { sum += piece.exponentials(x + first, n, is_one(), shift); });
   }
 
   // The gradient of the logits, after softmax() of that row.
   TORCHBP_INLINE void gradient(const Row<T>& row, C shift, double sum) {
-    const bool ready = a.classes <= piece.size;
-    T* const dx = static_cast<T*>(a.grad_input) + row.i * a.classes;
+    T* const to = static_cast<T*>(a.grad_input) + row.i * a.classes;
     if (row.ignored() || !row.in_range()) {
-      std::fill_n(dx, a.classes, T(0));
+      std::fill_n(to, a.classes, T(0));
       return;
     }
     const C g = row.upstream(), hot = g * row.onehot(), scale = g * row.mass(OneThread()) * static_cast<C>(1 / sum);
     for_pieces([&](int64_t first, int64_t n) {
-      if (!ready) {
-        piece.read(row.x + first, n);
-        piece.exponentials(shift);
+      if (!is_one()) piece.exponentials(row.x + first, n, false, shift);
+      const C* const p = piece.x;
+      T* const dx = to + first;
+      const auto soft = [&](int64_t j) { return g * (row.w(first + j) * row.soft(first + j)); };
+      const int64_t target = row.target - first;
+      if (row.has_soft()) {
+#pragma GCC ivdep
+        for (int64_t j = 0; j < n; ++j) store(dx + j, scale * p[j] - soft(j));
+        if (target >= 0 && target < n) store(dx + target, scale * p[target] - soft(target) - hot);
+      } else {
+#pragma GCC ivdep
+        for (int64_t j = 0; j < n; ++j) store(dx + j, scale * p[j]);
+        if (target >= 0 && target < n) store(dx + target, scale * p[target] - hot);
       }
-      C* const d = piece.x;
-      if (row.has_soft())
-        for (int64_t j = 0; j < n; ++j) d[j] = scale * d[j] - g * (row.w(first + j) * row.soft(first + j));
-      else
-        for (int64_t j = 0; j < piece.padded; ++j) d[j] *= scale;
-      if (row.target >= first && row.target < first + n) d[row.target - first] -= hot;
-      store_n(dx + first, d, n);
     });
   }
+
+private:
+  bool is_one() const { return a.classes <= piece.size; }
 };
 
 }  // namespace torchbp::TORCHBP_LEVEL

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import torchbp
 import torchbp.functional as F
 from examples import flat_code as lecture
-from tests.graph.cases import CASES, MODULES, M, rand
+from tests.graph.cases import CASES, MODULES, M, rand, total
 from torchbp.graph import Ledger, flat, trace
 from torchbp.graph.flat import FlatCode, flat_code
 
@@ -351,6 +351,19 @@ def test_several_outputs_have_an_upstream_gradient_each() -> None:
     assert grad_x.tolist() == [4, 4, 4]
 
 
+def test_an_output_that_is_not_differentiated() -> None:
+    ledger = trace(lambda x, y: (x * 2, y * 3), rand(3), rand(3), grad_output=[torch.ones(3), None])
+    function = compiled(flat_code(ledger).text)
+    assert list(inspect.signature(function).parameters) == ["x", "y", "grad_y2"]
+    assert len(function(rand(3), rand(3))) == 3
+
+
+def test_an_input_that_does_not_reach_the_output_has_no_gradient() -> None:
+    check(lambda x, y: torch.broadcast_tensors(x, y)[0] * 2, rand(3), rand(2, 1))
+    text = check(lambda x, y: x * 2, rand(3), rand(3))
+    assert text.rstrip().endswith("return y2, grad_x")
+
+
 def test_dropout_draws_its_mask() -> None:
     text = check(lambda x: TF.dropout(x, 0.25).sum(), rand(20))
     assert "mask1 = F.dropout(torch.ones_like(x), 0.25)" in text
@@ -395,6 +408,18 @@ def test_tensors_without_gradient_that_are_changed_through_views() -> None:
         return (x * mask * row).sum()
 
     check(fn, rand(3, 3))
+
+
+def test_in_place_by_an_argument() -> None:
+    lines = body(check(lambda x: nn.ReLU(inplace=True)(x * 2) + nn.ELU(0.5, True)(x + 1), rand(9)))
+    assert lines[:5] == [
+        "mul1 = x * 2",
+        "relu1 = F.relu(mul1)",
+        "add1 = x + 1",
+        "elu1 = F.elu(add1, 0.5)",
+        "y = relu1 + elu1",
+    ]
+    check(nn.Dropout(0.5, inplace=True), rand(9))
 
 
 def test_an_input_that_is_changed_in_place() -> None:
@@ -505,6 +530,7 @@ class SumAndProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.size = inputs[0].square().sum()  # no gate
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, grad_product: Tensor) -> Any:  # type: ignore[override]
@@ -527,6 +553,15 @@ def test_custom_functions_are_imported() -> None:
     check(lambda x, y: SumAndProduct.apply(x, y)[1], rand(3), rand(3))  # type: ignore[no-untyped-call]
 
 
+def test_names_of_functions_are_free() -> None:
+    def torch(scaled: Tensor, Scaled_: Tensor) -> Tensor:
+        Scaled_2 = Scaled.apply(scaled * Scaled_, 2.0)  # type: ignore[no-untyped-call]
+        return Scaled_2  # type: ignore[no-any-return]
+
+    assert "def f(" in check(torch, rand(3), rand(3))
+    check(lambda a, b: Scaled.apply(a * b, 2.0), rand(3), rand(3), names=["Scaled", "F"])  # type: ignore[no-untyped-call]
+
+
 def test_torchbp_is_written_as_what_it_computes() -> None:
     model = torchbp.nn.MLP([4, 6, 3], activation="leaky_relu").double()
     lines = body(check(model, rand(5, 4)))
@@ -535,6 +570,16 @@ def test_torchbp_is_written_as_what_it_computes() -> None:
         "h = F.leaky_relu(z)",
         "y = F.linear(h, layer2_weight, layer2_bias)",
     ]
+
+
+def test_a_frozen_first_layer_has_no_gradient() -> None:
+    model = torchbp.nn.MLP([4, 6, 3]).double()
+    model[0].requires_grad_(False)
+    x = rand(5, 4)
+    first, last = ([layer.weight, layer.bias] for layer in (model[0], model[2]))
+    tensors = (x, first[0], last[0], first[1], last[1])
+    lines = body(check(lambda: model(x), tensors=tensors))
+    assert not [line for line in lines if line.startswith(("grad_h", "grad_z"))]
 
 
 # ---- lines and nodes -----------------------------------------------------------------------------
@@ -565,7 +610,31 @@ def test_each_line_says_which_node_it_belongs_to() -> None:
     assert found["linear1", "backward"] == "grad_b1"
 
 
+@pytest.mark.parametrize(
+    "name", ["in place through a view", "torch.unbind", "torch.max with its index", "torchbp.mlp",
+             "torchbp.maxout", "torchbp.l2_penalty", "F.sdpa", "F.dropout", "torch.getitem"]
+)  # fmt: skip
+def test_each_gate_that_has_a_gradient_has_its_lines(name: str) -> None:
+    fn, inputs = CASES[name]
+    ledger = trace(lambda *args: total(fn(*args)), *inputs())
+    found = {(node, direction) for _, node, direction in code(ledger).lines}
+    for node in ledger.nodes:
+        if node.kind == "gate" and any(u is not None for u in node.upstreams):
+            assert (node.name, "forward") in found
+            if any(edge.product is not None for edge in ledger.operands(node)):
+                assert (node.name, "backward") in found
+
+
 # ---- bad input -----------------------------------------------------------------------------------
+
+
+def autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu"):
+        return x @ x
+
+
+def gradient(x: Tensor) -> Tensor:
+    return torch.autograd.grad((x**3).sum(), x, create_graph=True)[0]
 
 
 def hidden(x: Tensor) -> Tensor:
@@ -586,6 +655,8 @@ def hidden(x: Tensor) -> Tensor:
          "flat: autograd cannot differentiate"),
         (lambda: flat(lambda x: x * torch.rand(3, generator=torch.Generator()), rand(3)),
          RuntimeError, "the gate rand1 cannot .*Generator"),
+        (lambda: flat(autocast, rand(3, 3)), RuntimeError, "gate matmul1 .* autocast is on"),
+        (lambda: flat(gradient, rand(3)), RuntimeError, "the call that made it was not seen"),
         (lambda: flat_code(Ledger([], [], {}, [])), RuntimeError, "does not hold the calls"),
     ],
 )  # fmt: skip
@@ -637,7 +708,62 @@ def test_random_graphs(data: st.DataObject) -> None:
         for operation, i, j in steps:
             a, b = values[i % len(values)], values[j % len(values)]
             values.append(operation(a, b) if operation in BINARY else operation(a))  # type: ignore[operator, arg-type, call-arg]
-        return values[-1], sum(value.sum() for value in values[len(inputs) :])  # type: ignore[return-value]
+        return values[-1], sum(value.sum() for value in values)  # type: ignore[return-value]
 
     torch.manual_seed(0)
     check(fn, *(rand(*shape) for shape in shapes), tolerance=1e-9)
+
+
+WAYS: list[Callable[[Tensor, Tensor, int], Tensor | None]] = [
+    lambda a, b, k: a[k % 3],
+    lambda a, b, k: a[..., k % 3],
+    lambda a, b, k: a[k % 2 :],
+    lambda a, b, k: a.t(),
+    lambda a, b, k: a.view(-1),
+    lambda a, b, k: a * 2,
+    lambda a, b, k: a.detach().clone(),
+    lambda a, b, k: nothing(a.mul_(0.5)),
+    lambda a, b, k: nothing(a.add_(b.sum() * 0.1)),
+    lambda a, b, k: nothing(a.copy_(b.clone())),
+    lambda a, b, k: nothing(a.fill_(0.25 * (k % 5))),
+    lambda a, b, k: nothing(a.sigmoid_()),
+    lambda a, b, k: a.__setitem__(k % 3, 0.3),
+    lambda a, b, k: a.__setitem__((..., k % 3), b.mean().clone()),
+]
+
+
+def nothing(value: Any) -> None:
+    """For a change in place, whose result is not used."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.booleans(),
+    st.lists(
+        st.tuples(st.sampled_from(WAYS), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+        max_size=8,
+    ),
+)
+def test_random_changes_of_shared_memory(
+    differentiable: bool, steps: list[tuple[Callable[..., Tensor | None], int, int, int]]
+) -> None:
+    """Views of one tensor, with or without a gradient, written to in any order."""
+
+    def fn(x: Tensor) -> Tensor:
+        base = x.clone() if differentiable else torch.arange(9.0, dtype=x.dtype).view(3, 3) / 10
+        values = [base]
+        for way, i, j, k in steps:
+            try:
+                made = way(values[i % len(values)], values[j % len(values)], k)
+            except (IndexError, RuntimeError):  # of a shape that this cannot be done with
+                continue
+            values += [] if made is None else [made]
+        return sum((v * (i + 1)).sum() for i, v in enumerate(values)) * (x * base).sum()
+
+    torch.manual_seed(0)
+    x = rand(3, 3).requires_grad_()
+    try:
+        torch.autograd.grad(fn(x), x)
+    except RuntimeError:
+        assume(False)  # autograd has lost a value that it needs
+    check(fn, x.detach(), tolerance=1e-9)

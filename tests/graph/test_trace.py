@@ -3,8 +3,10 @@ times local is what each gate sends back."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -255,6 +257,48 @@ def test_an_argument_may_be_changed_in_place() -> None:
     assert [node.name for node in ledger.nodes] == ["x", "mul1", "square1", "sum1"]
     assert ledger.grads["x"].tolist() == [18, 36]  # type: ignore[union-attr]
     assert x.tolist() == [1, 2]
+
+
+def test_a_change_by_an_argument_is_seen() -> None:
+    """As by a name: what went in is what was there before."""
+    ledger = trace(lambda x: nn.ReLU(inplace=True)(x * 2).sum(), torch.tensor([1.0, -2.0]))
+    assert [node.name for node in ledger.nodes] == ["x", "mul1", "relu1", "sum1"]
+    assert ledger.grads["x"].tolist() == [2, 0]  # type: ignore[union-attr]
+
+
+def test_a_value_is_seen_after_a_change_through_a_view() -> None:
+    def fn(x: Tensor) -> Tensor:
+        mask = torch.zeros(2)
+        mask[0:1].fill_(3)
+        return (x * mask).sum()
+
+    ledger = trace(fn, torch.tensor([1.0, 2.0]))
+    assert ledger.grads["x"].tolist() == [3, 0]  # type: ignore[union-attr]
+    (edge, _) = ledger.operands(ledger["mul1"])
+    assert edge.local is not None
+    assert edge.local.sample.tolist() == [3, 0]
+    (_, edge) = ledger.operands(ledger["mul1"])
+    mask = ledger.nodes[edge.source].value
+    assert mask is not None
+    assert mask.sample.tolist() == [3, 0]
+
+
+def test_nothing_is_kept_alive() -> None:
+    """What the function computed is gone when trace returns, without the garbage collector."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def fn(x: Tensor) -> Tensor:
+        y = F.relu(x)
+        made.append(weakref.ref(y))
+        return y.sum()
+
+    gc.disable()
+    try:
+        ledger = trace(fn, torch.randn(3))
+        assert made[0]() is None
+    finally:
+        gc.enable()
+    assert ledger["relu1"].shape == (3,)
 
 
 def test_the_random_state_is_put_back() -> None:

@@ -162,6 +162,13 @@ class _Program:
             else:
                 self.arguments.append(self.argument(node))
         self.outputs = [self.var(slot) for slot in self.recording.outputs]
+        self.roots = list(
+            dict.fromkeys(
+                v
+                for v, slot in zip(self.outputs, self.recording.outputs, strict=True)
+                if slot in self.recording.roots
+            )
+        )
         self.prune()
 
     def argument(self, node: Node) -> Var:
@@ -213,8 +220,11 @@ class _Program:
     # ---- calls
 
     def add(self, node: Node, call: Call) -> None:
+        if call.autocast:
+            raise RuntimeError(
+                f"flat: the gate {node.name} cannot be written as code: autocast is on"
+            )
         args, kwargs = tree_map_only(Slot, self.var, (call.args, call.kwargs), is_leaf=_is_slot)
-        args = tuple(_in_slices(value, self.var) for value in args)
         if call.written and getattr(call.func, "__name__", "") == "__setitem__":
             ((_, after),) = call.written
             base, key, value = args
@@ -225,7 +235,7 @@ class _Program:
             self.add_function(node, call.func, args, result)
             return
         name = getattr(call.func, "__name__", "")
-        func: Callable[..., Any] = call.func
+        func: Any = call.func
         if name in _SWAPPED and len(args) == 2:
             func, args = _SWAPPED[name], args[::-1]
         elif call.func is Tensor.where and len(args) > 1:
@@ -299,7 +309,9 @@ class _Program:
             if i + 1 == layers:
                 self.activated(node, y, given, "none")
                 return
-            h = Var("h", (*x.shape[:-1], weight.shape[0]), x.dtype, node=node, differentiable=True)
+            shape = (*x.shape[:-1], weight.shape[0])
+            differentiable = any(v.differentiable for v in given)
+            h = Var("h", shape, x.dtype, node=node, differentiable=differentiable)
             self.activated(node, h, given, activation)
 
     def add_maxout(self, node: str, y: Var, x: Var, weight: Var, bias: Any = None) -> None:
@@ -444,7 +456,7 @@ class _Program:
                 needed.update(op.inputs)
         self.ops = kept[::-1]
         self.arguments = [v for v in self.arguments if v in needed or self.is_input(v)]
-        live = {v for v in self.outputs if v.differentiable}
+        live = set(self.roots)
         for op in reversed(self.ops):
             if any(v in live for v in op.outputs):
                 live.update(v for v in op.inputs if v.differentiable)
@@ -455,7 +467,7 @@ class _Program:
                 if op.name in _WITH_INDEX and op.outputs and op.outputs[0] in live:
                     op.result = self.with_index(op)
         for v in live:
-            v.live = True
+            v.live = not v.leaf or v in self.roots or self.ledger.grads[v.node] is not None
 
     def with_index(self, op: Op) -> Any:
         """What picks some of its elements: their index is what the gradient needs."""
@@ -474,11 +486,6 @@ def _is_slot(value: Any) -> bool:
 
 def _is_none(value: Any) -> bool:
     return value is None
-
-
-def _in_slices(value: Any, var: Callable[[Slot], Var]) -> Any:
-    """Tensors in slices as Vars."""
-    return value
 
 
 def _plain(result: Any) -> Any:
@@ -503,8 +510,13 @@ class _Names:
     """Names that are Python's, each once, and so that `grad_` before one is no other."""
 
     def __init__(self) -> None:
-        self.taken = {*keyword.kwlist, "torch", "torchbp", "F", "float", "len", "slice"}
+        self.reserved = {*keyword.kwlist, "torch", "torchbp", "F", "float", "len", "slice"}
+        self.taken = set(self.reserved)
         self.wanted: set[str] = set()
+
+    def reserve(self, names: Iterable[str]) -> None:
+        self.reserved.update(names)
+        self.taken.update(names)
 
     def take(self, name: str) -> str:
         self.taken |= {name, f"grad_{name}"}
@@ -574,6 +586,16 @@ class _Writer:
     def __init__(self, ledger: Ledger) -> None:
         self.program = _Program(ledger)
         self.names = _Names()
+        self.functions: dict[str, Any] = {}  # that are imported
+        for op in self.program.ops:
+            if op.name == "apply" and op.func is not None:
+                known = self.functions.setdefault(op.func.__name__, op.func)
+                if known is not op.func:
+                    raise RuntimeError(
+                        f"flat: the gate {op.node} cannot be written as code: there is another "
+                        f"custom Function {op.func.__name__}"
+                    )
+        self.names.reserve(self.functions)
         _name_all(self.program, self.names)
         self.lines: list[Line] = []
         self.grads: dict[Var, bool] = {}  # those with a gradient so far: whether += may change it
@@ -581,15 +603,15 @@ class _Writer:
     def write(self) -> FlatCode:
         program = self.program
         plans = [self.plan(op) for op in program.ops]
-        self.roots = list(dict.fromkeys(v for v in program.outputs if v.live))
-        upstream = [] if len(self.roots) == 1 and not self.roots[0].shape else self.roots
+        roots = program.roots
+        upstream = [] if len(roots) == 1 and not roots[0].shape else roots
         self.add("# Forward pass: compute output")
         for op, made in zip(program.ops, plans, strict=True):
             for text, outputs in made.forward:
                 self.add(text, op.node, "forward", [v.shape for v in outputs])
         self.add("")
         self.add("# Backward pass: compute grads")
-        for root in self.roots:
+        for root in roots:
             self.seed(root, plans, bool(upstream))
         for op, made in zip(program.ops[::-1], plans[::-1], strict=True):
             self.backward(op, made)
@@ -665,8 +687,7 @@ class _Writer:
     def head(self, upstream: list[Var]) -> list[Line]:
         name = self.program.recording.name
         name = _identifier(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
-        name = name if name.isidentifier() and not keyword.iskeyword(name) else "f"
-        if self.program.recording.name in ("<lambda>", "f"):
+        if self.program.recording.name == "<lambda>" or name in self.names.reserved:
             name = "f"
         arguments = [v.name for v in self.program.arguments]
         arguments += [f"{v.grad}=None" for v in upstream]
@@ -686,8 +707,7 @@ class _Writer:
             )
             if re.search(pattern, text)
         ]
-        functions = {op.func for op in self.program.ops if op.name == "apply"}
-        lines += sorted(f"from {f.__module__} import {f.__name__}" for f in functions if f)
+        lines += sorted(f"from {f.__module__} import {f.__name__}" for f in self.functions.values())
         lines += ["", ""] if lines else []
         return [(line, None, None) for line in lines]
 

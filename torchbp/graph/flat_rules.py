@@ -56,13 +56,11 @@ class Plan:
         forward: statements that compute it, each with the tensors that it makes.
         before: statements for the backward, before its gradients.
         sent: its gradients.
-        together: a statement that computes all the gradients at once, to be read by `sent`.
     """
 
     forward: list[tuple[str, Sequence[Var]]] = field(default_factory=list)
     before: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
-    together: str | None = None
 
 
 class Rule:
@@ -264,7 +262,7 @@ def _dims(dims: Iterable[int]) -> str:
 # ---- elementwise
 
 #: signature: argument -> its gradient. Rows of the table come from csrc/gates.h, below.
-ELEMENTWISE: dict[str, tuple[str, dict[str, str]]] = {
+FORMULAS: dict[str, tuple[str, dict[str, str]]] = {
     "sub": ("a b alpha=1", {"a": "dy", "b": "-dy * alpha"}),
     "rsub": ("a b alpha=1", {"a": "-dy * alpha", "b": "dy"}),
     "div": ("a b", {"a": "dy / b", "b": "-dy * y / b"}),
@@ -337,14 +335,14 @@ def _from_table() -> None:
         columns = {argument: row.columns[f"d{argument}"] for argument in row.inputs}
         if name == "add":
             extra, columns["b"] = ["alpha=1"], f"{columns['b']} * alpha"
-        ELEMENTWISE[canonical(name)] = " ".join([*row.inputs, *extra]), columns
+        FORMULAS[canonical(name)] = " ".join([*row.inputs, *extra]), columns
 
 
 _from_table()
 
 
 def _elementwise(rule: Rule) -> None:
-    signature, gradients = ELEMENTWISE[rule.op.name]
+    signature, gradients = FORMULAS[rule.op.name]
     given = rule.bind(signature)
     if rule.op.name == "gelu" and given.approximate != "none":
         raise _NoRule
@@ -354,7 +352,7 @@ def _elementwise(rule: Rule) -> None:
         rule.send(getattr(given, argument), text, fresh=text != rule.g, shape=rule.y.shape)
 
 
-RULES.update(dict.fromkeys(ELEMENTWISE, _elementwise))
+RULES.update(dict.fromkeys(FORMULAS, _elementwise))
 
 
 @rule("pow")

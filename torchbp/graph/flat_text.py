@@ -83,17 +83,11 @@ class Op:
     def inputs(self) -> list[Var]:
         """The tensors that go in, each once."""
         found = [v for v in tree_leaves([self.args, self.kwargs]) if isinstance(v, Var)]
-        found += [v for s in _slices(self.args) for v in (s.start, s.stop, s.step)
-                  if isinstance(v, Var)]  # fmt: skip
         return list(dict.fromkeys(found))
 
     @property
     def outputs(self) -> list[Var]:
         return [v for v in tree_leaves(self.result) if isinstance(v, Var)]
-
-
-def _slices(value: Any) -> Iterable[slice]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, slice))
 
 
 def literal(value: Any) -> str:
@@ -109,6 +103,8 @@ def literal(value: Any) -> str:
         return f"float({str(value)!r})"
     if isinstance(value, (bool, int, float, complex, str, bytes)) or value in (None, ...):
         return "..." if value is ... else repr(value)
+    if isinstance(value, Tensor) and not value.dim() and not value.is_floating_point():
+        return repr(value.item())  # where a slice begins
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
         return str(value)
     if isinstance(value, torch.device):
@@ -223,9 +219,11 @@ def call_text(op: Op) -> str:
     args, kwargs = op.args, op.kwargs
     if isinstance(op.func, type):
         name = op.func.__name__
-        module = sys.modules.get(op.func.__module__)
-        if getattr(module, name, None) is not op.func:
-            raise Unwritable(f"{op.func.__module__} has no {name} to import")
+        path = op.func.__module__
+        if getattr(sys.modules.get(path), name, None) is not op.func:
+            raise Unwritable(f"{path} has no {name} to import")
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise Unwritable(f"{path} cannot be imported by name")
         return f"{name}.apply({_arguments(args, kwargs)})"
     promoted = op.in_place and any(v.dtype != op.outputs[0].dtype for v in op.inputs)
     if not kwargs and not promoted:

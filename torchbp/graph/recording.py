@@ -27,6 +27,7 @@ class Call:
         written: (before, after) of each argument that it changed in place.
         view: whether its result is a view of its first tensor.
         random: whether it draws random numbers.
+        autocast: whether autocast was on.
     """
 
     func: Callable[..., Any]
@@ -36,6 +37,7 @@ class Call:
     written: tuple[tuple[Slot, Slot], ...] = ()
     view: bool = False
     random: bool = False
+    autocast: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Recording:
         names: of local variables that values were assigned to.
         differentiable: which values require a gradient.
         outputs: what the function returned.
+        roots: those of them that were differentiated.
         unseen: nodes of values that were computed by calls that cannot be seen.
     """
 
@@ -71,4 +74,5 @@ class Recording:
     names: dict[Slot, str] = field(default_factory=dict)
     differentiable: frozenset[Slot] = frozenset()
     outputs: tuple[Slot, ...] = ()
+    roots: frozenset[Slot] = frozenset()
     unseen: frozenset[int] = frozenset()

@@ -100,6 +100,8 @@ def record(
         for value in outputs:
             recorder.source_of(value)
         recorder.name_results()
+        recorder.functions.clear()  # frames, which would keep this one alive
+        recorder.function = None
         return recorder.differentiate(op, outputs, *upstream(outputs))
 
 
@@ -135,14 +137,14 @@ class _Gate:
         self.arguments: list[Tensor] = []
 
 
-def _forwards(function: type) -> Iterator[FunctionType]:
-    """What every custom Function that there is runs in its forward pass."""
+def _forwards(function: type, method: str) -> Iterator[FunctionType]:
+    """The `forward`, or the `setup_context`, of every custom Function that there is."""
     kind: Any
     for kind in function.__subclasses__():
-        for method in (kind.forward, kind.setup_context):
-            if isinstance(inspect.unwrap(method), FunctionType):
-                yield inspect.unwrap(method)
-        yield from _forwards(kind)
+        own = inspect.unwrap(getattr(kind, method))
+        if isinstance(own, FunctionType):
+            yield own
+        yield from _forwards(kind, method)
 
 
 class _Recorder:
@@ -168,6 +170,7 @@ class _Recorder:
         self.unseen: set[int] = set()  # nodes of what was computed by a call that was not seen
         self.grad_enabled = True  # as the traced code set it: off in a custom Function's forward
         self.function: FrameType | None = None  # the forward that ran last
+        # Arguments of custom Functions, and where they were called, by the numbers of their nodes.
         self.functions: dict[int, tuple[tuple[Any, ...], list[FrameType]]] = {}
         self.random = False  # whether the call that runs draws random numbers
         self.fn = name_of(fn)
@@ -182,20 +185,25 @@ class _Recorder:
                 self.trained += [prefix + name] * p.requires_grad
             for name, b in held.named_buffers():
                 self.named[id(b)] = prefix + name, "buffer"
-        self.forwards = {forward.__code__ for forward in _forwards(torch.autograd.Function)}
+        self.forwards, self.contexts = (
+            {own.__code__ for own in _forwards(torch.autograd.Function, method)}
+            for method in ("forward", "setup_context")
+        )
 
     def inside_function(self) -> bool:
         """Whether a custom Function that is differentiated runs its forward, which is one gate."""
         outermost = None
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_code is not record.__code__:
-            if frame.f_code in self.forwards:
+            if frame.f_code in self.forwards or frame.f_code in self.contexts:
                 outermost = frame
             frame = frame.f_back
         if outermost is None or not self.grad_enabled:
             return False
         if outermost is not self.function:
             given = _arguments_of(outermost)
+            if outermost.f_code in self.contexts:  # of (ctx, inputs, output)
+                given = list(given[0])
             if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
                 return False
             # The node of the graph was numbered just before its forward began.
@@ -311,7 +319,7 @@ class _Recorder:
         """Note a change in place for every other tensor in the same memory."""
         memory = _storage_of(value)
         for other, *_ in self.sources.values():
-            if other is not value and _storage_of(other) == memory:
+            if other is not value and memory is not None and _storage_of(other) == memory:
                 self.stale.setdefault(id(other), []).append((before, after))
 
     # ---- names of local variables
@@ -515,10 +523,10 @@ class _Recorder:
             self.edges,
             found,
             [slot.node for slot in returned],
-            self.recording(returned),
+            self.recording(returned, frozenset(Slot(*self.source_of(value)) for value in roots)),
         )
 
-    def recording(self, outputs: tuple[Slot, ...]) -> Recording:
+    def recording(self, outputs: tuple[Slot, ...], roots: frozenset[Slot]) -> Recording:
         calls = dict(self.calls)
         for number, call in self.calls.items():
             if isinstance(call.func, type):  # of a custom Function the outputs that were used
@@ -536,6 +544,7 @@ class _Recorder:
             self.locals,
             frozenset(self.differentiable),
             outputs,
+            roots,
             frozenset(self.unseen),
         )
 
@@ -774,7 +783,7 @@ class _Calls(TorchFunctionMode):
         arguments = [flat[i] for i in places]
         # Who made them, and where their gradients go, before the call changes any of them; where
         # it changes none, only once it is seen to compute a tensor.
-        changes = _is_in_place(func, kwargs)
+        changes = _is_in_place(func, args, kwargs)
         origins = [recorder.source_of(value) for value in arguments] if changes else []
         targets = [_gradient_edge(value) for value in arguments]
         versions = [value._version for value in arguments]
@@ -825,6 +834,7 @@ class _Calls(TorchFunctionMode):
             and not written
             and _storage_of(results[0]) == _storage_of(arguments[0]),
             random,
+            torch._C._is_any_autocast_enabled(),
         )
         if versions == [value._version for value in arguments]:
 
@@ -848,9 +858,11 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call says by its name or by `out` that it writes to an argument."""
+def _is_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may say that it writes to an argument: by its name, by `out` or `inplace`."""
     name = getattr(func, "__name__", "")
+    if any(value is True for value in (*args, *kwargs.values())):
+        return True
     dunder = name.startswith("__")
     return (
         "out" in kwargs

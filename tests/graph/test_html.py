@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from tests.graph.cases import CASES, MODULES, rand, total
 from tests.graph.drawn import GRAPHS, circuit
 from torchbp.graph import ComputationalGraph, flat, trace
 from torchbp.graph.flat import flat_code
@@ -76,6 +78,22 @@ def test_a_page_needs_nothing_else(name: str) -> None:
         if attributes.get("http-equiv") == "Content-Security-Policy"
     ]
     assert "default-src 'none'" in (policy or "")
+
+
+@pytest.mark.parametrize("name", [*CASES, *MODULES])
+def test_whatever_is_traced_is_drawn(name: str) -> None:
+    if name in CASES:
+        fn, inputs = CASES[name]
+        ledger = trace(lambda *args: total(fn(*args)), *inputs())
+    else:
+        make, shape = MODULES[name]
+        module = make()
+        ledger = trace(lambda x: total(module(x)), rand(*shape).float())
+    root = ElementTree.fromstring(ledger.to_svg())
+    drawn = [int(g.get("data-node", "")) for g in root.iter() if "data-node" in g.attrib]
+    assert sorted(drawn) == [node.id for node in ledger.nodes]
+    data = json.loads(Page(ledger.to_html()).texts["script"][0])
+    assert len(data["ledger"]["nodes"]) == len(drawn)
 
 
 def test_names_are_text() -> None:

@@ -139,8 +139,8 @@ def test_uses_add_up_on_the_picture() -> None:
     root = parsed(trace(lambda x: x * 4 + x * 2, torch.tensor(1.0)).to_svg())
     assert words(root, "caption")[:2] == ["adder", "4 + 2 = 6"]
     uses = [g for g in root.iter(f"{SVG}g") if g.get("class") == "use"]
-    said = [[t.text for t in use.iter(f"{SVG}text")] for use in uses]
-    assert sorted(said) == [["2"], ["4"]]
+    said = [[(t.text, t.get("class")) for t in use.iter(f"{SVG}text")] for use in uses]
+    assert sorted(said) == [[("2", "gradient small")], [("4", "gradient small")]]
 
 
 def test_each_output_of_a_gate_has_its_own_place() -> None:
@@ -195,7 +195,7 @@ def test_steps_meet_each_gate_once_forward_and_once_backward() -> None:
     # A gradient is complete when the last of its uses has sent its part.
     w1 = ledger["w1"]
     users = [edge.target for edge in ledger.edges if edge.source == w1.id]
-    assert steps.arrived(w1.id, 0, ledger) == max(steps.backward[target] for target in users)
+    assert steps.arrived(w1.id, 0) == max(steps.backward[target] for target in users)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -564,9 +564,8 @@ class ComputationalGraph:
             >>> graph.forward(x=2.0, y=3.0)
             tensor(6.)
             >>> graph.backward()
-            >>> print(graph.ledger())
-            node        value   upstream   operand   local   product   pattern
-            ...
+            >>> graph.ledger()["multiply1"].pattern
+            'swap multiplier'
         """
         from .computational_ledger import ledger
 

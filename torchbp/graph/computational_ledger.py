@@ -79,5 +79,6 @@ def ledger(graph: ComputationalGraph) -> Ledger:
             names={Slot(number, 0): name for name, number in ids.items()},
             differentiable=frozenset(Slot(number, 0) for number in ids.values()),
             outputs=(Slot(output, 0),),
+            roots=frozenset({Slot(output, 0)}),
         )
     return found

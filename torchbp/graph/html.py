@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from .ledger import Ledger
-from .svg import PALETTE, STYLE, Drawing, Steps, clean, drawing, write
+from .svg import PALETTE, STYLE, Drawing, Steps, at_home, clean, drawing, write
 from .text import dims, size
 
 __all__ = ["Html", "to_html"]
@@ -131,10 +131,11 @@ def _data(ledger: Ledger) -> str:
         else f"{dims(edge.jacobian_shape)}, {size(edge.jacobian_bytes)}"
         for edge in ledger.edges
     ]
-    steps = json.dumps(Steps.of(ledger).listed(ledger))
-    text = (
-        f'{{"ledger": {ledger.to_json()}, "steps": {steps}, "jacobians": {json.dumps(jacobians)}}}'
-    )
+    held = json.loads(ledger.to_json())
+    for node in held["nodes"]:
+        node["source"] = node["source"] and at_home(node["source"])
+    steps = Steps.of(ledger).listed(ledger)
+    text = json.dumps({"ledger": held, "steps": steps, "jacobians": jacobians})
     # Nothing can end the element, or open a comment in it: these three letters stand in strings
     # alone.
     for letter in "<>&":

@@ -29,12 +29,13 @@ from .text import dims, number
 __all__ = [
     "PALETTE",
     "STYLE",
+    "Drawing",
     "Steps",
     "Svg",
+    "at_home",
     "clean",
     "drawing",
     "heat_map",
-    "text_of",
     "to_svg",
     "write",
 ]
@@ -145,6 +146,11 @@ def clean(text: str) -> str:
     return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
+def at_home(source: str) -> str:
+    """File, line and text of a call, without the folders of the machine it was made on."""
+    return re.sub(r"^[^\n]*?[/\\](?=[^/\\\n]+:\d+: )", "", source)
+
+
 def _short_name(name: str) -> str:
     """The name, or its end."""
     return name if len(name) <= _NAME else "…" + name[1 - _NAME :]
@@ -239,11 +245,13 @@ class Steps:
         base: the step of the base case, at which the outputs have their gradient; the last
             forward step's successor, whether or not a backward has run.
         backward: of each gate that a gradient arrives at, the step at which it is handed on.
+        complete: by node and output, the step at which the last use has sent its gradient.
     """
 
     forward: list[int]
     base: int
     backward: dict[int, int]
+    complete: dict[tuple[int, int], int]
 
     @classmethod
     def of(cls, ledger: Ledger) -> Steps:
@@ -257,7 +265,12 @@ class Steps:
         for node in reversed(ledger.nodes):
             if node.id in sending:
                 backward[node.id] = base + len(backward) + 1
-        return cls(forward, base, backward)
+        complete: dict[tuple[int, int], int] = {}
+        for edge in ledger.edges:
+            if edge.product is not None:
+                key = edge.source, edge.output
+                complete[key] = max(complete.get(key, base), backward[edge.target])
+        return cls(forward, base, backward, complete)
 
     def bases(self, ledger: Ledger) -> list[int]:
         """The nodes whose gradient was given, not computed."""
@@ -265,7 +278,7 @@ class Steps:
             node.id
             for node in ledger.nodes
             if any(
-                held is not None and self.arrived(node.id, output, ledger) == self.base
+                held is not None and self.arrived(node.id, output) == self.base
                 for output, held in enumerate(node.upstreams)
             )
         ]
@@ -280,16 +293,9 @@ class Steps:
             *({"phase": "backward", "node": node} for node in self.backward),
         ]
 
-    def arrived(self, node: int, output: int, ledger: Ledger) -> int:
+    def arrived(self, node: int, output: int) -> int:
         """The step at which the gradient of a value is complete: all its uses have sent theirs."""
-        return max(
-            (
-                self.backward[edge.target]
-                for edge in ledger.edges
-                if (edge.source, edge.output) == (node, output) and edge.product is not None
-            ),
-            default=self.base,
-        )
+        return self.complete.get((node, output), self.base)
 
 
 # ---- what is drawn
@@ -515,6 +521,8 @@ class _Picture:
         self.start_of: dict[tuple[int, int], int] = {}  # (node, output) -> where its edges start
         self.of_node: list[int] = []
         self.edges: list[tuple[int, int]] = []
+        self.numbers = {id(edge): number for number, edge in enumerate(ledger.edges)}
+        self.used = {(edge.source, edge.output) for edge in ledger.edges}
         uses: dict[tuple[int, int], int] = {}
         for edge in ledger.edges:
             if edge.product is not None:
@@ -556,8 +564,7 @@ class _Picture:
         for output in outputs:
             holder = place
             if several:
-                used = any((e.source, e.output) == (node.id, output) for e in self.ledger.edges)
-                if not used and node.upstreams[output] is None:
+                if (node.id, output) not in self.used and node.upstreams[output] is None:
                     continue
                 holder = _Place(node, output, tap=True, text=f"[{output}]")
                 self.edges.append((self.of_node[node.id], len(self.places)))
@@ -634,7 +641,7 @@ class _Picture:
         kind = "wire" if edge.product is not None else "wire plain"
         label = (place.heads or {}).get(edge.argument)
         lines = [
-            f'<path class="{kind}" data-edge="{self.ledger.edges.index(edge)}" '
+            f'<path class="{kind}" data-edge="{self.numbers[id(edge)]}" '
             f'data-at="{self.steps.forward[start.node.id]}" d="{_path(points)}"/>'
         ]
         if label is not None:
@@ -642,7 +649,7 @@ class _Picture:
             at = self.steps.backward[edge.target]
             middle = left + 4 + label.width / 2
             lines.append(
-                f'<g class="use" data-at="{at}" data-edge="{self.ledger.edges.index(edge)}">'
+                f'<g class="use" data-at="{at}" data-edge="{self.numbers[id(edge)]}">'
                 f"<title>{clean(self.tooltip_of_use(edge))}</title>"
                 f"{label.below(middle, port - 2)}</g>"
             )
@@ -672,8 +679,9 @@ class _Picture:
         lines = []
         forward = self.steps.forward[node.id]
         path = f"nodes.{node.id}"
-        follows = any((e.source, e.output) == (node.id, output) for e in self.ledger.edges)
-        if not follows and (node.id in self.ledger.outputs or place.gradient):
+        if (node.id, output) not in self.used and (
+            node.id in self.ledger.outputs or place.gradient
+        ):
             lines.append(
                 f'<g data-at="{forward}">'
                 f'<path class="wire" d="M{left:.1f} {y:.1f}H{right - 6:.1f}"/>'
@@ -685,7 +693,7 @@ class _Picture:
                 f"{place.value.above(middle, y)}</g>"
             )
         if place.gradient:
-            at = self.steps.arrived(node.id, output, self.ledger)
+            at = self.steps.arrived(node.id, output)
             lines.append(
                 f'<g data-at="{at}" data-held="{path}.upstreams.{output}">'
                 f"{place.gradient.below(middle, y)}</g>"
@@ -733,7 +741,7 @@ class _Picture:
         lines = [f"{node.name}: {node.operation or node.kind}"]
         if pattern(node):
             lines[0] += f", {pattern(node)}"
-        lines += [node.source] if node.source else []
+        lines += [at_home(node.source)] if node.source else []
         lines += [f"value {node.value}"] if node.value else []
         lines += [f"gradient {node.upstream}"] if node.upstream else []
         return "\n".join(lines)

@@ -322,6 +322,7 @@ function aim(to, x, y, gliding = false) {
   camera.style.transform = `translate(${left}px, ${top_}px) scale(${scale})`;
   camera.style.setProperty("--scale", scale);
   camera.classList.toggle("far", scale < 0.5);
+  camera.classList.toggle("farther", scale < 0.38);
 }
 
 const FOOT = 44; // where the legend and the buttons are

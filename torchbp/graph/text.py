@@ -59,7 +59,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def number(value: Any) -> str:
-    """A number with four digits, or a list of such; what is no floating one as it is.
+    """A number with four digits, or nested lists of such; what is no floating one as it is.
 
     Example:
         >>> number(-2 / 3), number(12), number(float("inf")), number([1.0, 0.5])

@@ -320,9 +320,10 @@ class _Rows:
         parts += [{number: (0, 0.0)} for number in range(len(spots)) if number not in linked]
         for part in parts:
             height = max(across for _, across in part.values())
+            nodes = [number for number in sorted(part) if spots[number].node is not None]
             falling = sum(
                 1 if part[one][1] < part[two][1] else -1
-                for one, two in itertools.combinations(sorted(part), 2)
+                for one, two in itertools.combinations(nodes, 2)
                 if at[one] == at[two]
             )
             for number, (_, across) in part.items():

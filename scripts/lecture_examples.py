@@ -392,7 +392,7 @@ upstream = torch.tensor([[2.0, 3.0, -3.0, 9.0], [-8.0, 1.0, 4.0, 6.0]])
 matmul = trace(lambda x, w: x @ w, x, w, grad_output=upstream)
 matmul.to_svg("matmul.svg")
 """,
-        (Picture("matmul.svg", "The product of two matrices, as heat maps with their ranges"),),
+        (Picture("matmul.svg", "The product of two matrices with all values and gradients"),),
         (
             Number(
                 "y",

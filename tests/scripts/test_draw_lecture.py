@@ -4,9 +4,7 @@ are the lecture's; links lead to the lines that they quote; drift is seen."""
 from __future__ import annotations
 
 import ast
-import base64
 import inspect
-import io
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +12,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
 
 from examples import flat_code
 from scripts import draw_lecture
@@ -169,16 +166,3 @@ def test_a_wrong_number_is_no_traceback(
     monkeypatch.setattr(draw_lecture, "page", page)
     assert draw_lecture.main([]) == 1
     assert capsys.readouterr().err == "df/dx: the lecture has -4, and we -5\n"
-
-
-def test_how_a_heat_map_is_packed_is_no_drift() -> None:
-    def picture(level: int, red: int) -> str:
-        file = io.BytesIO()
-        image = Image.new("RGBA", (4, 3), (1, 2, 3, 255))
-        image.putpixel((2, 1), (red, 0, 0, 255))
-        image.save(file, "PNG", compress_level=level)
-        return f'<image href="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>'
-
-    assert picture(0, 7) != picture(9, 7)
-    same = draw_lecture.without_compression
-    assert same(picture(0, 7)) == same(picture(9, 7)) != same(picture(9, 8))

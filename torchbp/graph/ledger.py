@@ -272,7 +272,7 @@ class Ledger:
         """The picture: the value above each edge in green, the gradient below in red.
 
         Under each gate of a small graph stands upstream times local gradient. A tensor of more
-        than four elements is a heat map with its range. Long graphs go on in a next row.
+        than a few elements is a heat map with its range. Long graphs go on in a next row.
 
         Args:
             path: where to write it as well; a file that is there is replaced.

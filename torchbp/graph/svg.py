@@ -1,9 +1,9 @@
 """The picture of a ledger: the lecture's circuit, as SVG.
 
 The value stands above each edge in green, the gradient below in red; under each gate, by the names
-of its operands, upstream times local gradient. A tensor of more than four elements is a small heat map with its range. The picture
-is a file of its own: no script, no font, nothing from the network; it follows the reader's light or
-dark scheme.
+of its operands, upstream times local gradient. A tensor of more than a few elements is a small heat
+map with its range. The picture is a file of its own: no script, no font, nothing from the network;
+it follows the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = [
     "clean",
     "drawing",
     "heat_map",
+    "rows_of",
     "to_svg",
     "write",
 ]
@@ -130,6 +131,14 @@ def text_of(held: Held) -> str | None:
         text = str(held)
         return text if len(text) <= 28 else None
     return None
+
+
+def rows_of(held: Held) -> list[str]:
+    """A small matrix, a line for each row; none if it is too large for that."""
+    if held.tensor is None or held.tensor.dim() != 2 or not 0 < held.numel <= 12:
+        return []
+    rows = [number(row) for row in held.tensor.tolist()]
+    return rows if len(rows) <= 3 and max(map(len, rows)) <= 18 else []
 
 
 def _texts(held: Held) -> list[str]:
@@ -342,7 +351,7 @@ def _png(picture: torch.Tensor) -> str:
 
 
 class _Label:
-    """A tensor on an edge: numbers, or a heat map with its range and, where asked for, its shape.
+    """A tensor on an edge: numbers, or a heat map with its range; its shape where asked for.
 
     A small one has either numbers or a heat map, in one line.
     """
@@ -350,10 +359,11 @@ class _Label:
     def __init__(self, held: Held, colour: str, shape: bool = False, small: bool = False) -> None:
         self.held, self.colour, self.small = held, colour, small
         text = text_of(held)
+        lines = [text] if text is not None else [] if small else rows_of(held)
         self.map = None
-        if text is None and held.numel:
+        if not lines and held.numel:
             self.map = heat_map(held, (26.0, 10.0) if small else _MAP)
-        self.lines = [text] if text is not None else [] if small and self.map else _texts(held)
+        self.lines = lines or ([] if small and self.map else _texts(held))
         self.shape = dims(held.shape) if shape and text is None else None
 
     @property
@@ -366,7 +376,7 @@ class _Label:
     def height(self) -> float:
         return (
             (self.map[2] + 3 if self.map else 0.0)
-            + 13.0 * len(self.lines)
+            + max(14.0 * len(self.lines) - 1, 0)
             + (12.0 if self.shape else 0.0)
         )
 
@@ -403,7 +413,8 @@ class _Label:
             image()
         if self.shape:
             write(self.shape, "caption")
-        for line in self.lines:
+        for place, line in enumerate(self.lines):
+            top += 2 if place else 0
             write(line, self.colour + size)
         if not upside:
             image()

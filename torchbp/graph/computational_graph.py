@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as TF
@@ -23,6 +24,11 @@ from torch.overrides import resolve_name
 from ..functions import check
 from ..functions.gate import GATES
 from ..functions.table import ROWS, Row
+
+if TYPE_CHECKING:
+    from .html import Html
+    from .ledger import Ledger
+    from .svg import Svg
 
 __all__ = ["ComputationalGraph", "Node"]
 
@@ -549,6 +555,38 @@ class ComputationalGraph:
                 for operand, sent in zip(node.inputs, node.downstream, strict=True):
                     other = arrived.get(operand.name)
                     arrived[operand.name] = sent if other is None else other + sent
+
+    def ledger(self) -> Ledger:
+        """What the nodes hold now, as `trace` returns it: to be drawn, or written as JSON.
+
+        Example:
+            >>> graph = ComputationalGraph.from_function(lambda x, y: x * y)
+            >>> graph.forward(x=2.0, y=3.0)
+            tensor(6.)
+            >>> graph.backward()
+            >>> print(graph.ledger())
+            node        value   upstream   operand   local   product   pattern
+            ...
+        """
+        from .computational_ledger import ledger
+
+        return ledger(self)
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None) -> Svg:
+        """The picture of the graph, as `Ledger.to_svg`: with values after a forward, with
+        gradients after a backward."""
+        return self.ledger().to_svg(path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> Html:
+        """The stepper of the graph, as `Ledger.to_html`."""
+        return self.ledger().to_html(path)
+
+    def _repr_svg_(self) -> str | None:
+        """What a notebook shows; the text of a graph that cannot be drawn yet."""
+        try:
+            return self.ledger()._repr_svg_()
+        except ValueError:
+            return None
 
     def __getitem__(self, name: str) -> Node:
         try:

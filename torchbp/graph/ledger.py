@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from .recording import Recording
-from .text import dtype_name, render
+from .text import dtype_name, number, render
 
-__all__ = ["Edge", "Held", "Ledger", "Node"]
+if TYPE_CHECKING:
+    from .html import Html
+    from .svg import Svg
+
+__all__ = ["Edge", "Held", "Ledger", "Node", "pattern"]
 
 #: Elements up to which a tensor is held as it is.
 WHOLE = 1024
@@ -100,10 +105,10 @@ class Held:
 
     def __str__(self) -> str:
         if self.numel == 1:
-            return _short(self.sample.item())
+            return number(self.sample.item())
         if self.tensor is not None and self.numel <= 4:
             return str(_rounded(self.tensor.tolist()))
-        return f"{list(self.shape)} {_short(self.min)} .. {_short(self.max)}"
+        return f"{list(self.shape)} {number(self.min)} .. {number(self.max)}"
 
 
 @dataclass
@@ -244,12 +249,12 @@ class Ledger:
             first = [node.name, _cell(node.value), _cell(node.upstream)]
             operands = list(self.operands(node))
             if not operands:
-                table.add_row(*first, "", "", "", _pattern(node))
+                table.add_row(*first, "", "", "", pattern(node))
             for edge in operands:
                 local = _cell(edge.local) or edge.rule or ""
                 source = self.nodes[edge.source].name
-                pattern = _pattern(node) if edge is operands[0] else ""
-                table.add_row(*first, source, local, _cell(edge.product), pattern)
+                last = pattern(node) if edge is operands[0] else ""
+                table.add_row(*first, source, local, _cell(edge.product), last)
                 first = ["", "", ""]
         return table
 
@@ -262,6 +267,68 @@ class Ledger:
                 "outputs": self.outputs,
             }
         )
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None) -> Svg:
+        """The picture: the value above each edge in green, the gradient below in red.
+
+        Under each gate of a small graph stands upstream times local gradient. A tensor of more
+        than four elements is a heat map with its range. Long graphs go on in a next row.
+
+        Args:
+            path: where to write it as well; a file that is there is replaced.
+
+        Returns:
+            the text of an SVG file that needs no other and is light or dark as its reader is; a
+            notebook shows it.
+
+        Raises:
+            TypeError: `path` is no path.
+            ImportError: the package fast-sugiyama, which lays graphs out, is missing.
+
+        Example:
+            >>> from torchbp.graph import trace
+            >>> ledger = trace(lambda x, y: x * y, *torch.tensor([2.0, 3.0]))
+            >>> picture = ledger.to_svg()
+            >>> "swap multiplier" in picture, picture[:4]
+            (True, '<svg')
+        """
+        from .svg import to_svg
+
+        return to_svg(self, path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> Html:
+        """The stepper: a page on which forward and backward run one gate at a time.
+
+        Buttons and arrow keys step, space plays, the wheel or + and - zoom, 0 shows all. The gate
+        that is met shows upstream times local gradient and their product, next to the flat code.
+
+        Args:
+            path: where to write it as well; a file that is there is replaced.
+
+        Returns:
+            the text of an HTML file that needs no other and no network; a notebook shows it.
+
+        Raises:
+            TypeError: `path` is no path.
+            ImportError: the package fast-sugiyama, which lays graphs out, is missing.
+
+        Example:
+            >>> from torchbp.graph import trace
+            >>> ledger = trace(lambda x, y: x * y, *torch.tensor([2.0, 3.0]))
+            >>> page = ledger.to_html()
+            >>> page[:15], ledger.to_json()[:9] in page
+            ('<!doctype html>', True)
+        """
+        from .html import to_html
+
+        return to_html(self, path)
+
+    def _repr_svg_(self) -> str | None:
+        """What a notebook shows: the picture, or the text where no layout is installed."""
+        try:
+            return str(self.to_svg())
+        except ImportError:
+            return None
 
     def __rich__(self) -> Table:
         return self.table()
@@ -278,20 +345,16 @@ def _cell(held: Held | None) -> str:
     return "" if held is None else str(held)
 
 
-def _pattern(node: Node) -> str:
+def pattern(node: Node) -> str:
     """The gate's, and that of the fork behind it."""
     names = [*([node.pattern] if node.pattern else []), *(["adder"] if node.uses > 1 else [])]
     return ", ".join(names)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(number(value)) if isinstance(value, float) else value
 
 
 def _number(value: Any) -> Any:

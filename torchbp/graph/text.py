@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["dims", "dtype_name", "duration", "render", "size", "table"]
+__all__ = ["dims", "dtype_name", "duration", "number", "render", "size", "table"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -56,6 +56,16 @@ def dtype_name(dtype: torch.dtype) -> str:
         'float32'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def number(value: Any) -> str:
+    """A number with four digits; what is no floating one as it is.
+
+    Example:
+        >>> number(-2 / 3), number(12), number(float("inf"))
+        ('-0.6667', '12', 'inf')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(

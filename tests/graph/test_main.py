@@ -76,6 +76,7 @@ def gradients(*arguments: str) -> dict[str, Any]:
 def test_the_lectures_circuit_by_file_and_by_module(
     place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("fast_sugiyama", reason="lays graphs out")
     assert main([f"{place}:f", "-2.0", "5.", "-.4e1", "--flat", "--table"]) == 0
     page = Path("f.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -89,6 +90,7 @@ def test_the_lectures_circuit_by_file_and_by_module(
 
 
 def test_runs_as_a_command(folder: Path) -> None:
+    pytest.importorskip("fast_sugiyama", reason="lays graphs out")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-m", "torchbp.graph", "own_net:net", "2x3", "-o", "net.svg"],

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import torchbp
 import torchbp.functional as F
 from torchbp.data import BatchLoader
+from torchbp.graph import Ledger, trace
 
 Outputs = dict[str, npt.NDArray[Any]]
 Mark = Callable[[str], None]
@@ -337,6 +338,37 @@ def gate(name: str, row: str) -> Case:
         torch.randn(64),
         goals={TORCH: 1 / 1.7},
     )
+
+
+def tracing(name: str, quick: bool) -> Case:
+    """What it costs to see every gate of a network, against its forward and backward alone."""
+    leaves = [torch.randn(128, SIZES[0]), *(p.detach() for p in network(SIZES).parameters())]
+    target = torch.randint(SIZES[-1], (128,))
+
+    def loss(x: Tensor, *parameters: Tensor) -> Tensor:
+        *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
+        for weight, bias in hidden:
+            x = torch.relu(nn.functional.linear(x, weight, bias))
+        return nn.functional.cross_entropy(nn.functional.linear(x, *last), target)
+
+    def run(mark: Mark) -> Ledger:
+        return trace(loss, *leaves)
+
+    def outputs() -> Outputs:
+        ledger = run(unmarked)
+        held = ledger.nodes[ledger.outputs[0]].value
+        assert held is not None
+        assert held.tensor is not None
+        return {"y": array(held.tensor)} | {
+            f"gradient {i}": array(g) for i, g in enumerate(ledger.grads.values())
+        }
+
+    about = f"graph.trace of {SIZES} at batch 128, against forward and backward alone"
+    contestants = {
+        OURS: lambda: Contestant(run, outputs),
+        TORCH: lambda: differentiated(loss, leaves),
+    }
+    return Case(name, about, contestants, {TORCH: 1 / 20})
 
 
 # ---- Training steps
@@ -904,6 +936,7 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
     "loop_160": lambda name, quick: loop(name, 160, quick, 1.3),
     "batches": batches,
     "cifar_epoch": cifar_epoch,
+    "trace": tracing,
 }
 CASES |= {
     f"gate_{row}": lambda name, quick: gate(name, name.removeprefix("gate_"))

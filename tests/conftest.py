@@ -1,8 +1,10 @@
-"""What every test shares: a random state of its own, and the rule for tests that need a GPU."""
+"""What every test shares: a random state of its own, and the rules for what may be missing."""
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import re
 from collections.abc import Iterator
 from zlib import crc32
 
@@ -28,3 +30,15 @@ def _own_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Examples that draw are skipped where nothing is installed that lays graphs out."""
+    if importlib.util.find_spec("fast_sugiyama") is not None:
+        return
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and (
+            item.name.startswith("torchbp.graph.layout")
+            or re.search(r"\.to_(svg|html)\(", item.dtest.docstring or "")
+        ):
+            item.add_marker(pytest.mark.skip(reason="fast-sugiyama is not installed"))

@@ -109,6 +109,11 @@ NUMBERS = """() => [...document.querySelectorAll("#gate [data-ref]")].map(
 SEEN = """() => [...document.querySelectorAll("#view [data-held]:not(.future)")].map((each) =>
     [each.dataset.held, [...each.querySelectorAll("text:not(.caption)")].map((t) => t.textContent)])
 """
+#: Lines that are lit, and those of them that the panel does not show; a screenful of them fits.
+LIT = """() => { const box = document.querySelector("#code").getBoundingClientRect();
+    const lit = [...document.querySelectorAll("#code li.lit")];
+    return [lit.length, lit.filter((each) => { const own = each.getBoundingClientRect();
+        return own.top < box.top || own.bottom > box.bottom; }).length]; }"""
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -158,7 +163,8 @@ def test_every_number_is_the_ledgers_at_each_step(name: str, open_page: Any) -> 
                     if (e["source"], e["output"]) == (int(node), int(output)) and e["product"]
                 }
                 assert uses <= sent
-        lit = stepper.page.locator("#code li.lit").count()
+        lit, hidden = stepper.page.evaluate(LIT)
+        assert hidden == 0
         assert lit > 0 or what["phase"] == "inputs" or not stepper.page.locator("#code li").count()
     upstreams = [u for n in nodes for u in n["upstreams"] if u]
     assert len([path for path in seen if ".upstreams." in path]) == len(upstreams)

@@ -31,6 +31,7 @@ KINDS = [
     "loop_40",
     "batches",
     "cifar_epoch",
+    "trace",
     *GROUPS["gates"],
 ]
 

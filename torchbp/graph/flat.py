@@ -26,7 +26,7 @@ from .flat_text import Op, Unwritable, Var, bound, call_text, index, operation_o
 from .ledger import Ledger, Node
 from .recording import Call, Slot
 from .text import dims
-from .trace import record, roots_of
+from .trace import ones, record
 
 __all__ = ["FlatCode", "flat", "flat_code"]
 
@@ -86,12 +86,7 @@ def flat(fn: Callable[..., Any], *inputs: Any, names: Sequence[str] | None = Non
             return L, grad_w, grad_x
         <BLANKLINE>
     """
-
-    def ones(outputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        roots = roots_of("flat", outputs)
-        return roots, [torch.ones_like(root) for root in roots]
-
-    return flat_code(record("flat", fn, inputs, names, ones)).text
+    return flat_code(record("flat", fn, inputs, names, ones("flat"))).text
 
 
 @dataclass(frozen=True)

@@ -674,6 +674,16 @@ def roots_of(op: str, outputs: list[Tensor]) -> list[Tensor]:
     return roots
 
 
+def ones(op: str) -> Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+    """For `record`: every output is differentiated, with an upstream gradient of ones."""
+
+    def upstream(outputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        roots = roots_of(op, outputs)
+        return roots, [torch.ones_like(root) for root in roots]
+
+    return upstream
+
+
 def _upstream(outputs: list[Tensor], grad_output: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs that are differentiated, and dL/doutput for each."""
     roots = roots_of("trace", outputs)

@@ -260,14 +260,14 @@ function show(next, follow = true) {
     each.classList.toggle("sends", phase === "forward" && edge.target === node);
     each.classList.toggle("returns", phase === "backward" && edge.target === node && edge.product !== null);
   }
-  let lit = null;
+  const lit = [];
   for (const line of lines) {
     const on = line.dataset.phase === phase && currents.some((id) => line.dataset.node === nodes[id].name);
     line.classList.toggle("lit", on);
     if (on) line.setAttribute("aria-current", "step"); else line.removeAttribute("aria-current");
-    lit ??= on ? line : null;
+    if (on) lit.push(line);
   }
-  if (lit) reveal(lit);
+  if (lit.length) reveal(lit);
   const { parts, sentence } = panels[phase](nodes[node], several);
   const panel = find("gate");
   panel.className = phase;
@@ -282,12 +282,14 @@ function show(next, follow = true) {
   if (step === steps.length - 1) play(false);
 }
 
-/** Scroll the code so that a line is seen, and nothing else. */
-function reveal(line) {
+/** Scroll the code so that these lines are seen, the first of them at least, and nothing else. */
+function reveal(lines) {
   const box = find("code");
-  const top = line.offsetTop - box.offsetTop;
-  if (top < box.scrollTop + 24) box.scrollTop = top - 24;
-  else if (top + 48 > box.scrollTop + box.clientHeight) box.scrollTop = top + 48 - box.clientHeight;
+  const last = lines.at(-1);
+  const top = lines[0].offsetTop - box.offsetTop - 24;
+  const bottom = last.offsetTop + last.offsetHeight - box.offsetTop + 24;
+  if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
+  if (top < box.scrollTop) box.scrollTop = top;
 }
 
 let timer = null;

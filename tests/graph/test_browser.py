@@ -153,8 +153,7 @@ def test_every_number_is_the_ledgers_at_each_step(name: str, open_page: Any) -> 
         backward = what["phase"] in ("base", "backward")
         for path, texts in seen.items():
             held = stepper.held(path)
-            for text in texts:
-                check(text, held)
+            check(" ".join(texts), held)
             if ".upstreams." in path:
                 assert backward
                 _, node, _, output = path.split(".")
@@ -180,7 +179,7 @@ def has(ledger: Any, path: str) -> bool:
 
 
 def check(text: str, held: Any) -> None:
-    """A label of the picture: a number, a list of them, or a range."""
+    """A label of the picture: a number, a list of them, the rows of a matrix, or a range."""
     if text == "empty":
         assert math.prod(held["shape"]) == 0
     elif " .. " in text:

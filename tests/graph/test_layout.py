@@ -155,3 +155,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_sugiyama", None)
     with pytest.raises(ImportError, match=r"fast-sugiyama .*torchbp\[graph\]"):
         layout([Size(1), Size(1)], [(0, 1)], PITCH)
+
+
+def test_branches_stand_in_the_order_in_which_they_were_given() -> None:
+    for count in range(2, 7):
+        out = layout([Size(10)] * (count + 1), [(0, i) for i in range(1, count + 1)], pitch=20)
+        into = layout([Size(10)] * (count + 1), [(i, count) for i in range(count)], pitch=20)
+        for centers in (out.centers[1:], into.centers[:-1]):
+            assert [y for _, y in centers] == sorted(y for _, y in centers)

@@ -12,11 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.graph.drawn import GRAPHS, chain, circuit, contrast
 from torchbp.graph import ComputationalGraph, trace
 from torchbp.graph.ledger import Held
-from torchbp.graph.svg import PALETTE, Steps, heat_map, to_svg
+from torchbp.graph.svg import PALETTE, Steps, heat_map, rows_of, to_svg
 
 pytest.importorskip("fast_sugiyama", reason="fast-sugiyama is not installed (Python 3.10)")
 
@@ -73,7 +74,8 @@ def test_every_label_says_what_the_ledger_holds(name: str) -> None:
         if held.numel == 0:
             assert said == f"{shape}empty"
         elif group.find(f"{SVG}image") is None:
-            assert said == str(held)
+            rows = rows_of(held)
+            assert said == (f"{shape}{''.join(rows)}" if rows and held.numel > 4 else str(held))
         else:
             assert said == f"{shape}{held.min:.4g} .. {held.max:.4g}"
     wanted = {
@@ -141,6 +143,23 @@ def test_uses_add_up_on_the_picture() -> None:
     uses = [g for g in root.iter(f"{SVG}g") if g.get("class") == "use"]
     said = [[(t.text, t.get("class")) for t in use.iter(f"{SVG}text")] for use in uses]
     assert sorted(said) == [[("2", "gradient small")], [("4", "gradient small")]]
+
+
+def test_a_small_matrix_is_written_row_by_row() -> None:
+    # The lecture's x, w, and dL/dy.
+    x, w = torch.tensor([[2.0, 1, -3], [-3, 4, 2]]), torch.tensor([[3.0, 2, 1, -1]] * 3)
+    upstream = torch.tensor([[2.0, 3, -3, 9], [-8, 1, 4, 6]])
+    root = parsed(trace(torch.matmul, x, w, grad_output=upstream).to_svg())
+    assert not list(root.iter(f"{SVG}image"))
+    assert words(root, "value")[:5] == ["[2, 1, -3]", "[-3, 4, 2]", *["[3, 2, 1, -1]"] * 3]
+    assert words(root, "gradient")[-2:] == ["[2, 3, -3, 9]", "[-8, 1, 4, 6]"]
+
+
+@pytest.mark.parametrize(
+    "matrix", [torch.ones(4, 3), torch.ones(2, 7), torch.ones(1, 2, 3), torch.rand(2, 3)]
+)
+def test_a_matrix_that_is_too_wide_or_tall_is_a_heat_map(matrix: Tensor) -> None:
+    assert rows_of(Held.of(matrix)) == []
 
 
 def test_each_output_of_a_gate_has_its_own_place() -> None:

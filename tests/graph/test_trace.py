@@ -214,6 +214,17 @@ class Twice(torch.autograd.Function):
         return 3 * grad  # wrong, and shown as it is
 
 
+def test_the_copy_gate_of_the_lecture() -> None:
+    upstream = torch.tensor([4.0, 2.0])
+    x = torch.tensor(7.0)
+    ledger = trace(lambda x: (x.clone(), x.clone()), x, grad_output=tuple(upstream))
+    for edge, sent in zip(ledger.edges, upstream, strict=True):
+        assert edge.local is not None
+        assert edge.product is not None
+        assert (edge.local.sample.item(), edge.product.sample.item()) == (1, sent)
+    assert ledger.grads["x"] == 6
+
+
 def test_a_custom_function_is_one_gate() -> None:
     ledger = trace(lambda x: Twice.apply(Twice.apply(x)), torch.tensor(1.0))  # type: ignore[no-untyped-call]
     assert [node.operation for node in ledger.nodes] == ["", "Twice", "Twice"]

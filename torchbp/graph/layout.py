@@ -319,9 +319,18 @@ class _Rows:
             parts = _positions(list(links))  # a gate that nobody uses went to the last layer
         parts += [{number: (0, 0.0)} for number in range(len(spots)) if number not in linked]
         for part in parts:
+            height = max(across for _, across in part.values())
+            nodes = [number for number in sorted(part) if spots[number].node is not None]
+            falling = sum(
+                1 if part[one][1] < part[two][1] else -1
+                for one, two in itertools.combinations(nodes, 2)
+                if at[one] == at[two]
+            )
             for number, (_, across) in part.items():
+                # The same upside down, if more of it is in the order in which it was given.
+                across = across if falling >= 0 else height - across
                 spots[number].y = top + (across + 0.5) * self.pitch
-            top += (max(across for _, across in part.values()) + 1) * self.pitch
+            top += (height + 1) * self.pitch
         return top
 
     def across(self, spots: list[_Spot], at: list[int], row: int) -> float:

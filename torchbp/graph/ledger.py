@@ -107,7 +107,7 @@ class Held:
         if self.numel == 1:
             return number(self.sample.item())
         if self.tensor is not None and self.numel <= 4:
-            return _listed(self.tensor.tolist())
+            return number(self.tensor.tolist())
         return f"{list(self.shape)} {number(self.min)} .. {number(self.max)}"
 
 
@@ -272,7 +272,7 @@ class Ledger:
         """The picture: the value above each edge in green, the gradient below in red.
 
         Under each gate of a small graph stands upstream times local gradient. A tensor of more
-        than four elements is a heat map with its range. Long graphs go on in a next row.
+        than a few elements is a heat map with its range. Long graphs go on in a next row.
 
         Args:
             path: where to write it as well; a file that is there is replaced.
@@ -350,11 +350,6 @@ def pattern(node: Node) -> str:
     fork = node.uses > 1 and len(node.values) < 2  # several outputs may have one use each
     names = [*([node.pattern] if node.pattern else []), *(["adder"] if fork else [])]
     return ", ".join(names)
-
-
-def _listed(value: Any) -> str:
-    """Nested lists of numbers, as they are written."""
-    return f"[{', '.join(map(_listed, value))}]" if isinstance(value, list) else number(value)
 
 
 def _number(value: Any) -> Any:

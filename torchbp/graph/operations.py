@@ -19,8 +19,8 @@ ALIASES = {
 #: Element i of the result depends on element i of each operand alone, once these are broadcast.
 ELEMENTWISE = frozenset(
     """
-    abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh celu clamp copysign cos
-    cosh deg2rad digamma div elu erf erfc erfinv exp exp2 expm1 float_power gelu hardshrink
+    abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh celu clamp clone copysign
+    cos cosh deg2rad digamma div elu erf erfc erfinv exp exp2 expm1 float_power gelu hardshrink
     hardsigmoid hardswish hardtanh hypot leaky_relu lerp lgamma log log10 log1p log2
     logaddexp logaddexp2 logit logsigmoid masked_fill maximum minimum mish mul nan_to_num
     neg positive pow rad2deg rdiv reciprocal relu relu6 rsqrt rsub scale selu shift sigmoid

@@ -1,9 +1,9 @@
 """The picture of a ledger: the lecture's circuit, as SVG.
 
-The value stands above each edge in green, the gradient below in red; under each gate upstream times
-local gradient. A tensor of more than four elements is a small heat map with its range. The picture
-is a file of its own: no script, no font, nothing from the network; it follows the reader's light or
-dark scheme.
+The value stands above each edge in green, the gradient below in red; under each gate, by the names
+of its operands, upstream times local gradient. A tensor of more than a few elements is a small heat
+map with its range. The picture is a file of its own: no script, no font, nothing from the network;
+it follows the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = [
     "clean",
     "drawing",
     "heat_map",
+    "rows_of",
     "to_svg",
     "write",
 ]
@@ -71,8 +72,8 @@ text { font: 12px FONT; fill: var(--ink); text-anchor: middle; font-variant-nume
 .value { fill: var(--value); }
 .gradient { fill: var(--gradient); }
 .local { fill: var(--local); }
-.caption, .small, .caption tspan { font-size: 10.5px; }
-.caption { fill: var(--muted); }
+.caption, .name, .small, .caption tspan { font-size: 10.5px; }
+.caption, .name { fill: var(--muted); }
 .pattern { font-style: italic; }
 .frame { fill: none; stroke: var(--wire); stroke-width: 0.75; }
 image { image-rendering: pixelated; }
@@ -130,6 +131,14 @@ def text_of(held: Held) -> str | None:
         text = str(held)
         return text if len(text) <= 28 else None
     return None
+
+
+def rows_of(held: Held) -> list[str]:
+    """A small matrix, a line for each row; none if it is too large for that."""
+    if held.tensor is None or held.tensor.dim() != 2 or not 0 < held.numel <= 12:
+        return []
+    rows = [number(row) for row in held.tensor.tolist()]
+    return rows if len(rows) <= 3 and max(map(len, rows)) <= 18 else []
 
 
 def _texts(held: Held) -> list[str]:
@@ -342,7 +351,7 @@ def _png(picture: torch.Tensor) -> str:
 
 
 class _Label:
-    """A tensor on an edge: numbers, or a heat map with its range and, where asked for, its shape.
+    """A tensor on an edge: numbers, or a heat map with its range; its shape where asked for.
 
     A small one has either numbers or a heat map, in one line.
     """
@@ -350,10 +359,11 @@ class _Label:
     def __init__(self, held: Held, colour: str, shape: bool = False, small: bool = False) -> None:
         self.held, self.colour, self.small = held, colour, small
         text = text_of(held)
+        lines = [text] if text is not None else [] if small else rows_of(held)
         self.map = None
-        if text is None and held.numel:
+        if not lines and held.numel:
             self.map = heat_map(held, (26.0, 10.0) if small else _MAP)
-        self.lines = [text] if text is not None else [] if small and self.map else _texts(held)
+        self.lines = lines or ([] if small and self.map else _texts(held))
         self.shape = dims(held.shape) if shape and text is None else None
 
     @property
@@ -366,7 +376,7 @@ class _Label:
     def height(self) -> float:
         return (
             (self.map[2] + 3 if self.map else 0.0)
-            + 13.0 * len(self.lines)
+            + max(14.0 * len(self.lines) - 1, 0)
             + (12.0 if self.shape else 0.0)
         )
 
@@ -403,7 +413,8 @@ class _Label:
             image()
         if self.shape:
             write(self.shape, "caption")
-        for line in self.lines:
+        for place, line in enumerate(self.lines):
+            top += 2 if place else 0
             write(line, self.colour + size)
         if not upside:
             image()
@@ -420,6 +431,7 @@ class _Place:
     text: str
     value: _Label | None = None
     gradient: _Label | None = None
+    name: str = ""  # above a gate, for the captions that speak of it
     captions: Sequence[_Caption] = ()
     ports: Sequence[Edge] = ()
     heads: dict[int, _Label] | None = None  # by argument: what one use of a value sends back
@@ -441,7 +453,9 @@ class _Place:
         tail = max((label.width for label in labels), default=0.0)
         head = max((label.width for label in (self.heads or {}).values()), default=0.0)
         return Size(
-            body=max(self.width, *(line.width for line in self.captions), 0.0),
+            body=max(
+                self.width, _wide(self.name, 10.5), *(line.width for line in self.captions), 0.0
+            ),
             tail=tail + 14 if labels else 0.0,
             head=head + 8 if head else 0.0,
         )
@@ -449,7 +463,8 @@ class _Place:
     @property
     def up(self) -> float:
         """How far it reaches above its middle."""
-        return max(self.height / 2, self.value.height + 2 if self.value else 0.0)
+        name = _LINE if self.name else 0.0
+        return max(self.height / 2 + name, self.value.height + 2 if self.value else 0.0)
 
     @property
     def down(self) -> float:
@@ -553,6 +568,7 @@ class _Picture:
         place = _Place(node, 0, tap=False, text=label_of(node, self.ledger))
         if captions:
             place.captions = _captions(node, self.ledger)
+            place.name = _short_name(node.name) if node.kind == "gate" else ""
         self.of_node.append(len(self.places))
         self.places.append(place)
         outputs = range(len(node.values)) if several else [0]
@@ -713,6 +729,11 @@ class _Picture:
             f'height="{height:.1f}" rx="{16 if node.kind == "gate" else 5}"/>',
             f'<text{sign} x="{x:.1f}" y="{y + drop:.1f}">{label}</text>',
         ]
+        if place.name:
+            above = y - height / 2 - 4
+            lines.append(
+                f'<text class="name" x="{x:.1f}" y="{above:.1f}">{clean(place.name)}</text>'
+            )
         below = y + height / 2 + 2
         for line in place.captions:
             below += _LINE

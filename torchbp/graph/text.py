@@ -59,12 +59,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def number(value: Any) -> str:
-    """A number with four digits; what is no floating one as it is.
+    """A number with four digits, or nested lists of such; what is no floating one as it is.
 
     Example:
-        >>> number(-2 / 3), number(12), number(float("inf"))
-        ('-0.6667', '12', 'inf')
+        >>> number(-2 / 3), number(12), number(float("inf")), number([1.0, 0.5])
+        ('-0.6667', '12', 'inf', '[1, 0.5]')
     """
+    if isinstance(value, list):
+        return f"[{', '.join(map(number, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 import torchbp
 from scripts.benchmark import processor
 from scripts.reliability_accuracy import Accuracy
+from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Measured, Piece, State, key_of, run
 from torchbp.train import write_file
 
@@ -45,7 +46,7 @@ PAGE = ROOT / "RELIABILITY.md"
 STATE = ROOT / ".reliability"
 
 #: In the order of the page.
-FIGURES: tuple[Figure, ...] = (Accuracy(),)
+FIGURES: tuple[Figure, ...] = (Accuracy(), Determinism())
 
 
 def chosen(figure: Figure, state: State, fraction: float) -> tuple[list[Piece], Measured, str]:
@@ -76,10 +77,6 @@ def status(figure: Figure, pieces: Sequence[Piece], measured: Measured, day: str
     return f"sampled, {done:,} of {total:,} {figure.unit}, {day}"
 
 
-def failures(measured: Measured) -> list[str]:
-    return [line for _, result in measured for line in result["failures"]]
-
-
 def section(figure: Figure, state: State, fraction: float) -> str:
     """What the page says of a figure."""
     pieces, measured, day = chosen(figure, state, fraction)
@@ -91,12 +88,12 @@ def section(figure: Figure, state: State, fraction: float) -> str:
     ]
     if measured:
         parts += figure.tables(measured)
-        wrong = failures(measured)
+        wrong = figure.failures(measured)
         if wrong:
             shown = [f"- {line}" for line in wrong[:50]]
             if len(wrong) > len(shown):
                 shown.append(f"- and {len(wrong) - len(shown):,} more")
-            parts.append(f"**Does not hold in {len(wrong):,} cases:**\n\n" + "\n".join(shown))
+            parts.append(f"**Does not hold in {len(wrong):,} points:**\n\n" + "\n".join(shown))
         else:
             parts.append("Holds in all of them.")
     return "\n\n".join(parts)
@@ -107,8 +104,8 @@ def page(state: State, fraction: float) -> str:
     overview = []
     for figure in FIGURES:
         pieces, measured, day = chosen(figure, state, fraction)
-        wrong = len(failures(measured))
-        verdict = f"**fails in {wrong:,} cases**" if wrong else "holds" if measured else ""
+        wrong = len(figure.failures(measured))
+        verdict = f"**fails in {wrong:,} points**" if wrong else "holds" if measured else ""
         anchor = figure.title.lower().replace(" ", "-")
         overview.append(
             f"| [{figure.title}](#{anchor}) | {verdict} | "
@@ -248,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = state.lines(figure)
         own = [lines[key] for key in map(key_of, wanted[figure.name]) if key in lines]
         measured = [(line["piece"], line["result"]) for line in own]
-        wrong += [f"{figure.name}: {line}" for line in failures(measured)]
+        wrong += [f"{figure.name}: {line}" for line in figure.failures(measured)]
         if options.only and measured:
             print("\n\n".join([f"## {figure.title}", *figure.tables(measured)]) + "\n")
     if not options.only:

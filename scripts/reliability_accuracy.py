@@ -241,73 +241,80 @@ class Accuracy(Figure):
                 wide_dx = gradient(row, {"x": x.float(), "y": y.float()}, dy.float())
                 differ["forward"] += unrounded(y, wide_y)
                 differ["gradient"] += unrounded(dx, wide_dx)
-        result: Result = {**found, "unrounded": differ}
-        return {**result, "failures": self.failures(piece, result)}
+        return {**found, "unrounded": differ}
 
-    def failures(self, piece: Piece, result: Result) -> list[str]:
-        if piece["of"] == TORCH:
-            return []
-        about = f"{piece['gate']} in {piece['dtype']}, {piece['level']}"
+    def failures(self, measured: Measured) -> list[str]:
         lines = []
-        for direction in ("forward", "gradient"):
-            found, allowed = result[direction], limit(piece["dtype"], direction)
-            if found["ulps"] > allowed:
-                lines.append(
-                    f"{about}, {direction}: {found['ulps']:.3g} ulp off at x = {found['x']!r}, "
-                    f"dy = {found['dy']!r}: {found['got']!r} instead of {found['exact']!r}"
-                )
-            if result["unrounded"][direction]:
-                lines.append(
-                    f"{about}, {direction}: {result['unrounded'][direction]} results are not the "
-                    "float32 result rounded to nearest"
-                )
+        for (gate, dtype, who), result in merged(measured).items():
+            for direction in ("forward", "gradient") if who != TORCH else ():
+                about = f"{gate} in {dtype}, {who}, {direction}"
+                found = result[direction]
+                if found["ulps"] > limit(dtype, direction):
+                    lines.append(
+                        f"{about}: {found['ulps']:.3g} ulp off at x = {found['x']!r}, "
+                        f"dy = {found['dy']!r}: {found['got']!r} instead of {found['exact']!r}"
+                    )
+                if result["unrounded"][direction]:
+                    lines.append(
+                        f"{about}: {result['unrounded'][direction]} results are not the float32 "
+                        "result rounded to nearest"
+                    )
         return lines
 
     def tables(self, measured: Measured) -> list[str]:
-        tried = [level for level in LEVELS if any(p["level"] == level for p, _ in measured)]
+        rows = merged(measured)
+        tried = [level for level in LEVELS if any(who == level for _, _, who in rows)]
         head = ["gate", "", *tried, "worst input", "PyTorch", "its worst input"]
-        parts = []
+        given = ", ".join(f"{name} = {value:.9g}" for name, value in PARAMETERS.items())
+        parts = [f"Largest error in ulp; {given}."]
         for dtype in DTYPES:
-            rows = []
+            lines = []
             for gate in UNARY:
+                own = [rows[gate, dtype, level] for level in tried if (gate, dtype, level) in rows]
                 for direction in ("forward", "gradient"):
-                    most: dict[str, Result] = {}
-                    for piece, result in measured:
-                        if piece["gate"] == gate and piece["dtype"] == dtype:
-                            who = piece["level"] if piece["of"] != TORCH else TORCH
-                            here = result[direction]
-                            if who not in most or here["ulps"] > most[who]["ulps"]:
-                                most[who] = here
-                    if not most:
-                        continue
-                    own = [most[level] for level in tried if level in most]
-                    allowed = limit(dtype, direction)
-                    cells = [ulps(most.get(level), allowed) for level in tried]
-                    at = place(max(own, key=lambda found: found["ulps"]), dtype) if own else ""
-                    torch_ = most.get(TORCH)
-                    rows.append(
-                        [code(gate), direction, *cells, at, ulps(torch_), place(torch_, dtype)]
-                    )
-            if rows:
-                given = ", ".join(f"{name} = {value:.9g}" for name, value in PARAMETERS.items())
-                parts += [f"### {dtype}", f"Largest error in ulp; {given}.", table(head, rows)]
+                    found = [result[direction] for result in own]
+                    cells = [ulps(result, limit(dtype, direction)) for result in found]
+                    cells += [""] * (len(tried) - len(cells))
+                    cells.append(place(max(found, key=severity), dtype) if found else "")
+                    peer = rows.get((gate, dtype, TORCH))
+                    cells += [ulps(peer[direction]), place(peer[direction], dtype)] if peer else []
+                    if own or peer:
+                        lines.append([code(gate), direction, *cells, *[""] * (2 - 2 * bool(peer))])
+            if lines:
+                parts += [f"### {dtype}", table(head, lines)]
         return parts
+
+
+def severity(found: Result) -> float:
+    return float(found["ulps"])
+
+
+def merged(measured: Measured) -> dict[tuple[str, str, str], Result]:
+    """(gate, dtype, level or "torch") -> the worst of its pieces in each direction."""
+    rows: dict[tuple[str, str, str], Result] = {}
+    for piece, result in measured:
+        who = TORCH if piece["of"] == TORCH else str(piece["level"])
+        key = piece["gate"], piece["dtype"], who
+        if key not in rows:
+            rows[key] = {**result, "unrounded": {**result["unrounded"]}}
+            continue
+        for direction in ("forward", "gradient"):
+            rows[key]["unrounded"][direction] += result["unrounded"][direction]
+            worse = max(rows[key][direction], result[direction], key=severity)
+            rows[key][direction] = worse
+    return rows
 
 
 def limit(dtype: str, direction: str) -> float:
     return DTYPES[dtype][2] if direction == "forward" else GRADIENT
 
 
-def ulps(found: Result | None, allowed: float = float("inf")) -> str:
-    if found is None:
-        return ""
+def ulps(found: Result, allowed: float = float("inf")) -> str:
     text = f"{found['ulps']:.3f}" if found["ulps"] < 100 else f"{found['ulps']:.3g}"
     return f"**{text}**" if found["ulps"] > allowed else text
 
 
-def place(found: Result | None, dtype: str) -> str:
-    """The worst input, in as many digits as tell numbers of its dtype apart."""
-    if found is None:
-        return ""
+def place(found: Result, dtype: str) -> str:
+    """The worst input, in as many digits as tell numbers of its dtype apart; none of no error."""
     digits = {"float32": 9, "bfloat16": 4, "float16": 5}[dtype]
-    return f"{found['x']:.{digits}g}"
+    return f"{found['x']:.{digits}g}" if found["ulps"] else ""

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: "sample" is there only in pieces that the complete run does without.
 Piece = dict[str, Any]
 
-#: What was found, in JSON's types. "failures" lists where the claim does not hold, a line each.
+#: What was found, in JSON's types.
 Result = dict[str, Any]
 
 #: The pieces of a figure that are done, with what was found.
@@ -81,6 +81,10 @@ class Figure(ABC):
     @abstractmethod
     def tables(self, measured: Measured) -> list[str]:
         """What was found, as paragraphs and tables in Markdown."""
+
+    def failures(self, measured: Measured) -> list[str]:
+        """Where the claim does not hold, a line each."""
+        return [line for _, result in measured for line in result["failures"]]
 
     def obstacle(self) -> str | None:
         """Why it cannot be measured on this machine now, if it cannot."""

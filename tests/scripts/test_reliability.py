@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from scripts import (
     reliability_accuracy,
     reliability_determinism,
     reliability_frame,
+    reliability_specials,
 )
 from scripts.reliability_accuracy import Accuracy
 from scripts.reliability_determinism import Determinism
-from scripts.reliability_frame import ROOT, Figure, Piece, State, key_of, run
+from scripts.reliability_frame import ROOT, Figure, Piece, Result, State, key_of, run
+from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
 from tests.machine import LEVELS
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
@@ -375,3 +378,24 @@ def test_a_result_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch, case
     assert (
         "**differs in 1 of 1 dtypes**" in figure.tables([({**piece, "level": "avx2"}, result)])[0]
     )
+
+
+# ---- special values ------------------------------------------------------------------------------
+
+
+def test_a_nan_that_is_lost_is_reported_and_a_sign_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Specials()
+    piece = {"call": "relu-matrix", "dtype": "float32", "level": "avx2"}
+    case = reliability_specials.CALLS["relu-matrix"]
+
+    def measured(function: Any) -> Result:
+        monkeypatch.setitem(reliability_specials.CALLS, "relu-matrix", replace(case, ours=function))
+        return figure.measure(piece)
+
+    assert measured(case.reference) == {"differences": [], "failures": []}
+    result = measured(lambda x: torch.where(x > 0, x, 0))
+    assert len(result["failures"]) >= 2 * len(reliability_specials.UPSTREAM)
+    assert result["failures"][0].startswith("relu-matrix in float32, avx2, forward: inputs [nan]")
+    result = measured(lambda x: torch.where(torch.relu(x) == 0, x * -0.0, torch.relu(x)))
+    assert result["differences"][0]["ours"] == 0
+    assert "| forward | float32 | avx2 |" in figure.tables([(piece, result)])[1]

@@ -23,11 +23,13 @@ from scripts import (
     reliability_accuracy,
     reliability_determinism,
     reliability_frame,
+    reliability_malformed,
     reliability_specials,
 )
 from scripts.reliability_accuracy import Accuracy
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Piece, Result, State, key_of, run
+from scripts.reliability_malformed import Malformed
 from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
 from tests.machine import LEVELS
@@ -399,3 +401,38 @@ def test_a_nan_that_is_lost_is_reported_and_a_sign_listed(monkeypatch: pytest.Mo
     result = measured(lambda x: torch.where(torch.relu(x) == 0, x * -0.0, torch.relu(x)))
     assert result["differences"][0]["ours"] == 0
     assert "| forward | float32 | avx2 |" in figure.tables([(piece, result)])[1]
+
+
+# ---- malformed calls -----------------------------------------------------------------------------
+
+
+def relu_that(fault: str) -> Any:
+    """relu, with its answer to what is no tensor replaced."""
+    spoilt = False
+
+    def relu(x: Any) -> Tensor:
+        nonlocal spoilt
+        if isinstance(x, Tensor) and x.layout == torch.strided and x.is_floating_point():
+            return torch.relu(x) + spoilt
+        if fault == "is taken":
+            return torch.zeros(())
+        spoilt = fault == "the next call gives something else"
+        raise {"ValueError: no": ValueError("no"), "KeyError": KeyError("relu: x")}.get(
+            fault, TypeError("relu: x wants a torch.Tensor")
+        )
+
+    return relu
+
+
+@pytest.mark.parametrize(
+    "fault", ["", "is taken", "ValueError: no", "KeyError", "the next call gives something else"]
+)
+def test_a_bad_answer_to_a_malformed_call_is_reported(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    call = reliability_malformed.one("relu")
+    call.function = relu_that(fault)
+    monkeypatch.setattr(reliability_malformed, "MALFORMED", {"relu": call})
+    result = Malformed().measure({"seed": 3})
+    assert bool(result["failures"]) == bool(fault)
+    assert all(fault in line and ", seed 3: x=" in line for line in result["failures"])

@@ -1,0 +1,221 @@
+"""What autograd's nodes do to the tensors that they are handed, seen from outside: the incoming
+gradient changed, a shape that is not the operand's, the first number that is not finite."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchbp.graph.text import dims
+from torchbp.graph.trace import _frames, _line_of
+
+from .probe import Probe, nodes_of
+from .report import Cause
+
+__all__ = ["Attached", "first_not_finite", "hooked", "watched"]
+
+Grads = tuple[Tensor | None, ...]
+
+
+def _name(node: Any) -> str:
+    """What a node is called in a message: that of a custom Function without its ending."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function.__name__ if function is not None else str(node.name())
+
+
+@contextmanager
+def hooked(
+    outputs: Sequence[Tensor],
+    before: Callable[[Any, Grads], None],
+    after: Callable[[Any, Grads, Grads], None],
+) -> Iterator[None]:
+    """With a look at each node before its backward and after it."""
+    handles = []
+    for node in nodes_of(outputs):
+
+        def pre(grads: Grads, node: Any = node) -> None:
+            before(node, grads)
+
+        def post(made: Grads, grads: Grads, node: Any = node) -> None:
+            after(node, made, grads)
+
+        handles += [node.register_prehook(pre), node.register_hook(post)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watched(probe: Probe, strict: bool) -> list[Cause]:
+    """What one backward shows: the incoming gradient changed, and, if `strict`, a gradient that
+    is not summed to the shape of its operand."""
+    outputs = probe.outputs()
+    held: dict[Any, list[tuple[Tensor, int] | None]] = {}
+    found: dict[str, Cause] = {}
+
+    def before(node: Any, grads: Grads) -> None:
+        held[node] = [
+            None
+            if grad is None or grad.layout is not torch.strided
+            else (grad.clone(), grad._version)
+            for grad in grads
+        ]
+
+    def after(node: Any, made: Grads, grads: Grads) -> None:
+        for number, (grad, kept) in enumerate(zip(grads, held.get(node, []), strict=False)):
+            if grad is None or kept is None:
+                continue
+            copy, version = kept
+            same = torch.equal(grad.nan_to_num(), copy.nan_to_num())
+            if not same or grad._version != version:
+                which = f"number {number} " if len(grads) > 1 else ""
+                found.setdefault(
+                    "gradient-modified",
+                    Cause(
+                        "gradient-modified",
+                        f"the backward of {_name(node)} changes the incoming gradient {which}in "
+                        "place: other operations may still want it. It was compared with a copy "
+                        "taken before the call. Make a new tensor instead.",
+                    ),
+                )
+        if strict:
+            for number, (grad, (following, index)) in enumerate(
+                zip(made, node.next_functions, strict=False)
+            ):
+                wanted = _wanted(following, index)
+                if grad is not None and wanted is not None and tuple(grad.shape) != wanted:
+                    found.setdefault(
+                        "broadcast-not-reduced",
+                        Cause(
+                            "broadcast-not-reduced",
+                            f"the backward of {_name(node)} returns a gradient of shape "
+                            f"{dims(grad.shape)} for operand {number}, whose shape is "
+                            f"{dims(wanted)}. Autograd sums it silently; summed to the operand's "
+                            "shape it passes. Use sum_to_size.",
+                        ),
+                    )
+
+    if not any(output.requires_grad for output in outputs):
+        return []
+    with hooked(outputs, before, after):
+        probe.backward(probe.upstream(0), outputs)
+    return list(found.values())
+
+
+def _wanted(node: Any, index: int) -> tuple[int, ...] | None:
+    """The shape of what a node takes."""
+    try:
+        return tuple(node._input_metadata[index].shape)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        return None
+
+
+# ---- where numbers stop being finite
+
+
+def _finite(values: Any) -> bool:
+    tensors = [
+        leaf
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    return all(bool(t.isfinite().all()) for t in tensors if t.layout is torch.strided)
+
+
+_OWN = str(Path(__file__).parent) + os.sep
+
+
+class _FirstNotFinite(TorchDispatchMode):
+    """Finds the first operation that makes inf or nan of finite numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        finite = self.found is not None or _finite((args, kwargs))
+        made = func(*args, **(kwargs or {}))
+        uninitialised = "empty" in func.__name__
+        if self.found is None and finite and not uninitialised and not _finite(made):
+            name = func.__name__.partition(".")[0]
+            frames = []
+            for frame in _frames(sys._getframe(1)):
+                if frame.f_code.co_filename.startswith(_OWN):
+                    break
+                frames.append(frame)
+            inside = list(itertools.takewhile(lambda f: not _calls_probe(f), frames))
+            line = _line_of(inside)
+            self.found = f"{name}" + (f" ({_short(line)})" if line else "")
+        return made
+
+
+def _calls_probe(frame: Any) -> bool:
+    return bool(frame.f_code.co_name in ("gradcheck",))
+
+
+def _short(line: str) -> str:
+    """A source line without the folders of its file."""
+    folder, mark, rest = line.partition(": ")
+    return os.path.basename(folder) + mark + rest
+
+
+def first_not_finite(probe: Probe) -> str | None:
+    """Where inf or nan begins at the inputs, in words; None if all is finite there."""
+    with _FirstNotFinite() as mode:
+        outputs = probe.outputs()
+    if mode.found is not None:
+        return f"it starts in the forward of {mode.found}"
+    found: list[str] = []
+
+    def after(node: Any, made: Grads, grads: Grads) -> None:
+        if _finite(grads) and not _finite(made) and not found:
+            found.append(f"it starts in the backward of {_name(node)}, whose upstream is finite")
+
+    with hooked(outputs, lambda node, grads: None, after):
+        probe.backward(probe.upstream(0), outputs)
+    return found[0] if found else None
+
+
+# ---- as if nothing were detached
+
+
+class Attached(TorchFunctionMode):
+    """Lets the gradient through where the function keeps it out: `detach`, `data`, `item` and
+    `no_grad` have no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled and args and args[0] is False:
+            self._note("no_grad")
+            return None
+        owner = getattr(func, "__self__", None)
+        if func in (torch.detach, Tensor.detach, Tensor.detach_):
+            self._note("detach")
+            return args[0].view_as(args[0])
+        if func is Tensor.item:
+            self._note("item")
+            return args[0].reshape(())
+        if getattr(func, "__name__", "") == "__get__" and owner is Tensor.data:
+            self._note("data")
+            return args[0].view_as(args[0])
+        return func(*args, **kwargs)
+
+    def _note(self, name: str) -> None:
+        if name not in self.met:
+            self.met.append(name)

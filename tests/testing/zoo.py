@@ -82,9 +82,7 @@ def numbers(*values: Any, dtype: torch.dtype = torch.float64) -> Maker:
     return lambda: tuple(torch.tensor(v, dtype=dtype, requires_grad=True) for v in values)
 
 
-def add(
-    name: str, fault: str, fn: Callable[..., Any], inputs: Maker, **options: Any
-) -> None:
+def add(name: str, fault: str, fn: Callable[..., Any], inputs: Maker, **options: Any) -> None:
     assert name not in ZOO
     ZOO[name] = Animal(name, fault, fn, inputs, options)
 
@@ -92,71 +90,158 @@ def add(
 V, M, S = (5,), (3, 4), (4, 4)
 
 # ---- swapped-operands
-add("multiply keeps its own operand", "swapped-operands",
-    function(lambda a, b: a * b, lambda g, a, b: (g * a, g * b)), normal(V, V))
-add("multiply of scalars", "swapped-operands",
-    function(lambda a, b: a * b, lambda g, a, b: (g * a, g * b)), normal((), ()))
-add("divide, the other order", "swapped-operands",
-    function(lambda a, b: a / b, lambda g, a, b: (-g * a / b**2, g / b)), positive(M, M))
-add("matmul of squares, the other order", "swapped-operands",
-    function(lambda x, w: x @ w, lambda g, x, w: (x.T @ g, g @ w.T)), normal(S, S))
-add("matmul, the other order, of other shapes", "swapped-operands",
-    function(lambda x, w: x @ w, lambda g, x, w: (x.T @ g, g @ w.T)), normal((3, 4), (4, 2)))
+add(
+    "multiply keeps its own operand",
+    "swapped-operands",
+    function(lambda a, b: a * b, lambda g, a, b: (g * a, g * b)),
+    normal(V, V),
+)
+add(
+    "multiply of scalars",
+    "swapped-operands",
+    function(lambda a, b: a * b, lambda g, a, b: (g * a, g * b)),
+    normal((), ()),
+)
+add(
+    "divide, the other order",
+    "swapped-operands",
+    function(lambda a, b: a / b, lambda g, a, b: (-g * a / b**2, g / b)),
+    positive(M, M),
+)
+add(
+    "matmul of squares, the other order",
+    "swapped-operands",
+    function(lambda x, w: x @ w, lambda g, x, w: (x.T @ g, g @ w.T)),
+    normal(S, S),
+)
+add(
+    "matmul, the other order, of other shapes",
+    "swapped-operands",
+    function(lambda x, w: x @ w, lambda g, x, w: (x.T @ g, g @ w.T)),
+    normal((3, 4), (4, 2)),
+)
 
 # ---- wrong-sign
-add("subtract", "wrong-sign",
-    function(lambda a, b: a - b, lambda g, a, b: (g, g)), normal(V, V))
+add("subtract", "wrong-sign", function(lambda a, b: a - b, lambda g, a, b: (g, g)), normal(V, V))
 add("cos", "wrong-sign", function(torch.cos, lambda g, x: g * x.sin()), normal(M))
-add("reciprocal of a scalar", "wrong-sign",
-    function(lambda x: 1 / x, lambda g, x: g / x**2), positive(()))
-add("divide, by the divisor", "wrong-sign",
-    function(lambda a, b: a / b, lambda g, a, b: (g / b, g * a / b**2)), positive(V, V))
+add(
+    "reciprocal of a scalar",
+    "wrong-sign",
+    function(lambda x: 1 / x, lambda g, x: g / x**2),
+    positive(()),
+)
+add(
+    "divide, by the divisor",
+    "wrong-sign",
+    function(lambda a, b: a / b, lambda g, a, b: (g / b, g * a / b**2)),
+    positive(V, V),
+)
 
 # ---- wrong-factor
-add("square without its 2", "wrong-factor",
-    function(lambda x: x**2, lambda g, x: g * x), normal(V))
-add("mean without 1/N", "wrong-factor",
-    function(lambda x: x.mean(), lambda g, x: g.expand_as(x)), normal(M))
-add("mean squared error with 1/N too many", "wrong-factor",
-    function(lambda x: (x**2).mean(), lambda g, x: 2 * g * x / x.numel() / len(x)), normal(M))
-add("scale without its factor", "wrong-factor",
-    function(lambda x: 0.3 * x, lambda g, x: g), normal(()))
-add("bias with mean for sum", "wrong-factor",
-    function(lambda x, b: x + b, lambda g, x, b: (g, g.mean(0))), normal(M, (4,)))
-add("tanh of 2x without the 2", "wrong-factor",
-    function(lambda x: (2 * x).tanh(), lambda g, x: g * (1 - (2 * x).tanh() ** 2)), normal(V))
+add("square without its 2", "wrong-factor", function(lambda x: x**2, lambda g, x: g * x), normal(V))
+add(
+    "mean without 1/N",
+    "wrong-factor",
+    function(lambda x: x.mean(), lambda g, x: g.expand_as(x)),
+    normal(M),
+)
+add(
+    "mean squared error with 1/N too many",
+    "wrong-factor",
+    function(lambda x: (x**2).mean(), lambda g, x: 2 * g * x / x.numel() / len(x)),
+    normal(M),
+)
+add(
+    "scale without its factor",
+    "wrong-factor",
+    function(lambda x: 0.3 * x, lambda g, x: g),
+    normal(()),
+)
+add(
+    "bias with mean for sum",
+    "wrong-factor",
+    function(lambda x, b: x + b, lambda g, x, b: (g, g.mean(0))),
+    normal(M, (4,)),
+)
+add(
+    "tanh of 2x without the 2",
+    "wrong-factor",
+    function(lambda x: (2 * x).tanh(), lambda g, x: g * (1 - (2 * x).tanh() ** 2)),
+    normal(V),
+)
 
 # ---- upstream-ignored
-add("sigmoid's local gradient alone", "upstream-ignored",
-    function(torch.sigmoid, lambda g, x: x.sigmoid() * (1 - x.sigmoid())), normal(M))
-add("a loss that takes itself for the last", "upstream-ignored",
-    function(lambda x: (x**2).sum(), lambda g, x: 2 * x), normal(V))
-add("exp of a scalar", "upstream-ignored",
-    function(torch.exp, lambda g, x: x.exp()), normal(()))
-add("one operand of multiply", "upstream-ignored",
-    function(lambda a, b: a * b, lambda g, a, b: (g * b, a.clone())), normal(V, V))
+add(
+    "sigmoid's local gradient alone",
+    "upstream-ignored",
+    function(torch.sigmoid, lambda g, x: x.sigmoid() * (1 - x.sigmoid())),
+    normal(M),
+)
+add(
+    "a loss that takes itself for the last",
+    "upstream-ignored",
+    function(lambda x: (x**2).sum(), lambda g, x: 2 * x),
+    normal(V),
+)
+add("exp of a scalar", "upstream-ignored", function(torch.exp, lambda g, x: x.exp()), normal(()))
+add(
+    "one operand of multiply",
+    "upstream-ignored",
+    function(lambda a, b: a * b, lambda g, a, b: (g * b, a.clone())),
+    normal(V, V),
+)
 
 # ---- transposed
-add("weights of a square layer", "transposed",
-    function(lambda x, w: x @ w.T, lambda g, x, w: (g @ w, x.T @ g)), normal(S, S))
-add("weights not transposed", "transposed",
-    function(lambda x, w: x @ w, lambda g, x, w: (g @ w, x.T @ g)), normal((3, 4), S))
-add("weights of other shapes", "transposed",
-    function(lambda x, w: x @ w.T, lambda g, x, w: (g @ w, x.T @ g)), normal((3, 4), (2, 4)))
-add("transpose not put back", "transposed",
-    function(lambda x: x.T * 3, lambda g, x: g * 3), normal(S))
+add(
+    "weights of a square layer",
+    "transposed",
+    function(lambda x, w: x @ w.T, lambda g, x, w: (g @ w, x.T @ g)),
+    normal(S, S),
+)
+add(
+    "weights not transposed",
+    "transposed",
+    function(lambda x, w: x @ w, lambda g, x, w: (g @ w, x.T @ g)),
+    normal((3, 4), S),
+)
+add(
+    "weights of other shapes",
+    "transposed",
+    function(lambda x, w: x @ w.T, lambda g, x, w: (g @ w, x.T @ g)),
+    normal((3, 4), (2, 4)),
+)
+add(
+    "transpose not put back",
+    "transposed",
+    function(lambda x: x.T * 3, lambda g, x: g * 3),
+    normal(S),
+)
 
 # ---- batch-sum-missing
-add("bias from the first row", "batch-sum-missing",
-    function(lambda x, b: x + b, lambda g, x, b: (g, g[0])), normal(M, (4,)))
-add("bias from the last row", "batch-sum-missing",
+add(
+    "bias from the first row",
+    "batch-sum-missing",
+    function(lambda x, b: x + b, lambda g, x, b: (g, g[0])),
+    normal(M, (4,)),
+)
+add(
+    "bias from the last row",
+    "batch-sum-missing",
     function(lambda x, w, b: x @ w + b, lambda g, x, w, b: (g @ w.T, x.T @ g, g[-1])),
-    normal((3, 4), (4, 2), (2,)))
-add("weights from the first row", "batch-sum-missing",
+    normal((3, 4), (4, 2), (2,)),
+)
+add(
+    "weights from the first row",
+    "batch-sum-missing",
     function(lambda x, w: x @ w, lambda g, x, w: (g @ w.T, x[:1].T @ g[:1])),
-    normal((3, 4), (4, 2)))
-add("bias summed over the wrong dimension", "batch-sum-missing",
-    function(lambda x, b: x + b, lambda g, x, b: (g, g.sum(1))), normal(S, (4,)))
+    normal((3, 4), (4, 2)),
+)
+add(
+    "bias summed over the wrong dimension",
+    "batch-sum-missing",
+    function(lambda x, b: x + b, lambda g, x, b: (g, g.sum(1))),
+    normal(S, (4,)),
+)
 
 
 # ---- overwritten
@@ -166,80 +251,171 @@ def assigned(g: Tensor, x: Tensor) -> Tensor:
     return made
 
 
-add("index with repeats", "overwritten",
-    function(lambda x: x[torch.tensor([2, 0, 0, 2])], assigned), normal(V))
-add("the second use alone", "overwritten",
-    function(lambda x: x.exp() + x.sin(), lambda g, x: g * x.cos()), normal(V))
-add("the first use alone", "overwritten",
-    function(lambda x: x.exp() + x.sin(), lambda g, x: g * x.exp()), normal(M))
-add("a residual without its shortcut", "overwritten",
-    function(lambda x: x + x.tanh(), lambda g, x: g * (1 - x.tanh() ** 2)), normal(M))
-add("shared weights", "overwritten",
-    function(lambda x, w: (x @ w).tanh() @ w,
-             lambda g, x, w: ((g @ w.T * (1 - (x @ w).tanh() ** 2)) @ w.T, (x @ w).tanh().T @ g)),
-    normal((3, 4), S))
+add(
+    "index with repeats",
+    "overwritten",
+    function(lambda x: x[torch.tensor([2, 0, 0, 2])], assigned),
+    normal(V),
+)
+add(
+    "the second use alone",
+    "overwritten",
+    function(lambda x: x.exp() + x.sin(), lambda g, x: g * x.cos()),
+    normal(V),
+)
+add(
+    "the first use alone",
+    "overwritten",
+    function(lambda x: x.exp() + x.sin(), lambda g, x: g * x.exp()),
+    normal(M),
+)
+add(
+    "a residual without its shortcut",
+    "overwritten",
+    function(lambda x: x + x.tanh(), lambda g, x: g * (1 - x.tanh() ** 2)),
+    normal(M),
+)
+add(
+    "shared weights",
+    "overwritten",
+    function(
+        lambda x, w: (x @ w).tanh() @ w,
+        lambda g, x, w: ((g @ w.T * (1 - (x @ w).tanh() ** 2)) @ w.T, (x @ w).tanh().T @ g),
+    ),
+    normal((3, 4), S),
+)
 
 # ---- wrong-input
-add("multiply, the same for both", "wrong-input",
-    function(lambda a, b: a * b, lambda g, a, b: (g * b, g * b)), normal(V, V))
-add("in the place of a constant", "wrong-input",
-    function(lambda a, b: a * 2 + 0 * b, lambda g, a, b: (None, g * 2)), normal(V, V))
-add("three in turn", "wrong-input",
+add(
+    "multiply, the same for both",
+    "wrong-input",
+    function(lambda a, b: a * b, lambda g, a, b: (g * b, g * b)),
+    normal(V, V),
+)
+add(
+    "in the place of another",
+    "wrong-input",
+    function(lambda a, b: a * 2 + b * b, lambda g, a, b: (None, g * 2)),
+    normal(V, V),
+)
+add(
+    "three in turn",
+    "wrong-input",
     function(lambda a, b, c: a * b * c, lambda g, a, b, c: (g * a * c, g * a * b, g * b * c)),
-    normal(V, V, V))
+    normal(V, V, V),
+)
 
 # ---- wrong-mask
-add("relu the other way", "wrong-mask",
-    function(torch.relu, lambda g, x: g * (x < 0)), normal(M, away=0.2))
-add("clamp without its mask", "wrong-mask",
-    function(lambda x: x.clamp(-0.5, 0.5), lambda g, x: g), normal(M))
-add("relu by another threshold", "wrong-mask",
-    function(torch.relu, lambda g, x: g * (x > -1)), normal((4, 5), away=0.2))
-add("leaky relu the other way", "wrong-mask",
+add(
+    "relu the other way",
+    "wrong-mask",
+    function(torch.relu, lambda g, x: g * (x < 0)),
+    normal(M, away=0.2),
+)
+add(
+    "clamp without its mask",
+    "wrong-mask",
+    function(lambda x: x.clamp(-0.5, 0.5), lambda g, x: g),
+    normal(M),
+)
+add(
+    "relu by another threshold",
+    "wrong-mask",
+    function(torch.relu, lambda g, x: g * (x > -1)),
+    normal((4, 5), away=0.2),
+)
+add(
+    "leaky relu the other way",
+    "wrong-mask",
     function(lambda x: torch.where(x > 0, x, 0.1 * x), lambda g, x: torch.where(x < 0, g, 0.1 * g)),
-    normal(M, away=0.2))
-add("elu the other way", "wrong-mask",
-    function(lambda x: torch.where(x > 0, x, x.exp() - 1),
-             lambda g, x: torch.where(x > 0, g * x.exp(), g)), normal(M, away=0.2))
-add("maximum to the loser", "wrong-mask",
-    function(torch.maximum, lambda g, a, b: (g * (a < b), g * (a > b))), normal(M, M))
+    normal(M, away=0.2),
+)
+add(
+    "elu the other way",
+    "wrong-mask",
+    function(
+        lambda x: torch.where(x > 0, x, x.exp() - 1),
+        lambda g, x: torch.where(x > 0, g * x.exp(), g),
+    ),
+    normal(M, away=0.2),
+)
+add(
+    "maximum to the loser",
+    "swapped-operands",
+    function(torch.maximum, lambda g, a, b: (g * (a < b), g * (a > b))),
+    normal(M, M),
+)
 
 
 def to_the_smallest(g: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(1, x.argmin(1, keepdim=True), g[:, None])
 
 
-add("max to the smallest", "wrong-mask",
-    function(lambda x: x.amax(1), to_the_smallest), normal(M))
-add("flip not put back", "wrong-mask",
-    function(lambda x: x.roll(1) * 2, lambda g, x: g.roll(1) * 2), normal(V))
+add("max to the smallest", "wrong-mask", function(lambda x: x.amax(1), to_the_smallest), normal(M))
+add(
+    "roll not put back",
+    "transposed",
+    function(lambda x: x.roll(1) * 2, lambda g, x: g.roll(1) * 2),
+    normal(V),
+)
 
 # ---- missing-term
-add("silu", "missing-term",
-    function(lambda x: x * torch.sigmoid(x), lambda g, x: g * x.sigmoid()), normal(M))
-add("x exp(x)", "missing-term",
-    function(lambda x: x * x.exp(), lambda g, x: g * x * x.exp()), normal(()))
-add("sin of a square", "missing-term",
-    function(lambda x: (x * x).sin(), lambda g, x: g * (x * x).cos()), normal(V))
-add("softmax without its sum", "missing-term",
-    function(lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
-             lambda g, x: g * x.softmax(-1)), normal(M))
-add("layer norm without its variance", "missing-term",
-    function(lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
-             lambda g, x: (g - g.mean(1, keepdim=True)) / x.std(1, keepdim=True)), normal(M))
-add("log softmax without its sum", "missing-term",
-    function(lambda x: x - x.logsumexp(1, keepdim=True), lambda g, x: g), normal(M))
-add("a layer without its tanh", "missing-term",
+add(
+    "silu",
+    "missing-term",
+    function(lambda x: x * torch.sigmoid(x), lambda g, x: g * x.sigmoid()),
+    normal(M),
+)
+add(
+    "x exp(x)",
+    "missing-term",
+    function(lambda x: x * x.exp(), lambda g, x: g * x * x.exp()),
+    normal(()),
+)
+add(
+    "sin of a square",
+    "missing-term",
+    function(lambda x: (x * x).sin(), lambda g, x: g * (x * x).cos()),
+    normal(V),
+)
+add(
+    "softmax without its sum",
+    "missing-term",
+    function(lambda x: x.exp() / x.exp().sum(-1, keepdim=True), lambda g, x: g * x.softmax(-1)),
+    normal(M),
+)
+add(
+    "layer norm without its variance",
+    "missing-term",
+    function(
+        lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+        lambda g, x: (g - g.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+    ),
+    normal(M),
+)
+add(
+    "log softmax without its sum",
+    "missing-term",
+    function(lambda x: x - x.logsumexp(1, keepdim=True), lambda g, x: g),
+    normal(M),
+)
+add(
+    "a layer without its tanh",
+    "missing-term",
     function(lambda x, w: (x @ w).tanh(), lambda g, x, w: (g @ w.T, x.T @ g)),
-    normal((3, 4), (4, 2)))
+    normal((3, 4), (4, 2)),
+)
 
 # ---- kink
 add("relu at 0", "kink", torch.relu, numbers([-1.0, 0.0, 2.0]))
 add("relu next to 0", "kink", torch.relu, numbers([[-1.0, 3e-7], [0.5, 2.0]]))
 add("max of three equals", "kink", lambda x: x.amax(1), numbers([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]]))
-add("maximum of equals", "kink",
+add(
+    "maximum of equals",
+    "kink",
     function(torch.maximum, lambda g, a, b: (g * (a >= b), g * (a < b))),
-    numbers([1.0, 2.0], [1.0, 3.0]))
+    numbers([1.0, 2.0], [1.0, 3.0]),
+)
 
 # ---- low-precision
 add("float32 inputs", "low-precision", torch.tanh, numbers([0.3, -1.2], dtype=torch.float32))
@@ -248,8 +424,12 @@ add("half inside", "low-precision", lambda x: (x.bfloat16() * 3).double(), norma
 
 # ---- nondeterministic
 add("dropout", "nondeterministic", lambda x: torch.dropout(x, 0.5, True), normal((4, 5)))
-add("noise in the backward", "nondeterministic",
-    function(torch.tanh, lambda g, x: g * (1 - x.tanh() ** 2) * (1 + torch.randn(()))), normal(V))
+add(
+    "noise in the backward",
+    "nondeterministic",
+    function(torch.tanh, lambda g, x: g * (1 - x.tanh() ** 2) * (1 + torch.randn(()))),
+    normal(V),
+)
 
 
 def counting() -> Callable[[Tensor], Tensor]:
@@ -300,30 +480,54 @@ def attribute_changed(x: Tensor) -> Tensor:
     return z
 
 
-add("backward doubles its input", "saved-tensor-modified",
-    function(torch.sin, doubles_saved), normal(V))
+add(
+    "backward doubles its input",
+    "saved-tensor-modified",
+    function(torch.sin, doubles_saved),
+    normal(V),
+)
 add("data of the output changed", "saved-tensor-modified", changed_later, normal(M))
 add("changed, and autograd sees it", "saved-tensor-modified", seen_by_autograd, normal(V))
 add("kept on ctx and changed", "saved-tensor-modified", attribute_changed, normal(V))
 
 # ---- gradient-modified
-add("exp in place", "gradient-modified",
-    function(torch.exp, lambda g, x: g.mul_(x.exp())), normal(V))
-add("relu in place", "gradient-modified",
-    function(torch.relu, lambda g, x: g.masked_fill_(x < 0, 0)), normal(M, away=0.2))
-add("multiply, the first in place", "gradient-modified",
-    function(lambda a, b: a * b, lambda g, a, b: (g.mul_(b), g * a)), normal(V, V))
+add(
+    "exp in place",
+    "gradient-modified",
+    function(torch.exp, lambda g, x: g.mul_(x.exp())),
+    normal(V),
+)
+add(
+    "relu in place",
+    "gradient-modified",
+    function(torch.relu, lambda g, x: g.masked_fill_(x < 0, 0)),
+    normal(M, away=0.2),
+)
+add(
+    "multiply, the first in place",
+    "gradient-modified",
+    function(lambda a, b: a * b, lambda g, a, b: (g.mul_(b), g * a)),
+    normal(V, V),
+)
 
 # ---- non-finite
 add("sqrt at 0", "non-finite", torch.sqrt, numbers([0.0, 1.0]))
-add("sqrt of a norm at 0", "non-finite",
+add(
+    "sqrt of a norm at 0",
+    "non-finite",
     function(lambda x: (x * x).sum().sqrt(), lambda g, x: g * x / (x * x).sum().sqrt()),
-    numbers([0.0, 0.0]))
+    numbers([0.0, 0.0]),
+)
 add("log of a negative number", "non-finite", torch.log, numbers([[1.0, -1.0]]))
-add("where over an infinite branch", "non-finite",
-    lambda x: torch.where(x > 1, (x - 1).sqrt(), x * 2), numbers([1.0, 3.0, 0.5]))
-add("softmax that overflows", "non-finite",
-    lambda x: x.exp() / x.exp().sum(), numbers([800.0, 1.0]))
+add(
+    "where over an infinite branch",
+    "non-finite",
+    lambda x: torch.where(x > 1, (x - 1).sqrt(), x * 2),
+    numbers([1.0, 3.0, 0.5]),
+)
+add(
+    "softmax that overflows", "non-finite", lambda x: x.exp() / x.exp().sum(), numbers([800.0, 1.0])
+)
 
 
 # ---- double-backward-wrong
@@ -348,8 +552,12 @@ class KeepsIntermediate(Function):
 
 add("backward in numpy", "double-backward-wrong", function(torch.sin, by_numpy), normal(V))
 add("an intermediate tensor kept", "double-backward-wrong", KeepsIntermediate.apply, normal(M))
-add("a saved tensor detached", "double-backward-wrong",
-    function(lambda x: (x**3).sum(), lambda g, x: g * 3 * x.detach() ** 2), normal(V))
+add(
+    "a saved tensor detached",
+    "double-backward-wrong",
+    function(lambda x: (x**3).sum(), lambda g, x: g * 3 * x.detach() ** 2),
+    normal(V),
+)
 
 
 # ---- tangent-wrong
@@ -375,12 +583,33 @@ def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     return Tangent.apply  # type: ignore[no-any-return]
 
 
-add("jvp without the output", "tangent-wrong",
-    forward_mode(lambda t, y: t * 1), normal(V), check_forward_ad=True)
-add("jvp of the wrong sign", "tangent-wrong",
-    forward_mode(lambda t, y: -t * y), normal(M), check_forward_ad=True)
-add("jvp that drops the tangent", "tangent-wrong",
-    forward_mode(lambda t, y: None), normal(V), check_forward_ad=True)
+add(
+    "jvp without the output",
+    "tangent-wrong",
+    forward_mode(lambda t, y: t * 1),
+    normal(V),
+    check_forward_ad=True,
+)
+add(
+    "jvp of the wrong sign",
+    "tangent-wrong",
+    forward_mode(lambda t, y: -t * y),
+    normal(M),
+    check_forward_ad=True,
+)
+
+
+@torch.library.custom_op("zoo::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    """A registered operation, through which torch drops tangents without a word."""
+    return x**3
+
+
+cube.register_autograd(
+    lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+add("a registered operation without jvp", "tangent-wrong", cube, normal(V), check_forward_ad=True)
 
 
 # ---- cut
@@ -391,29 +620,58 @@ def scale_of(x: Tensor) -> Tensor:
 
 add("a detached operand", "cut", lambda x: x * x.detach(), normal(V))
 add("no_grad inside", "cut", lambda x: x / scale_of(x), normal(M))
-add("None for an operand", "cut",
-    function(lambda a, b: a * b, lambda g, a, b: (g * b, None)), normal(V, V))
-add("zeros for an operand", "cut",
-    function(lambda x, b: x + b, lambda g, x, b: (g, torch.zeros_like(b))), normal(M, (4,)))
+add(
+    "None for an operand",
+    "cut",
+    function(lambda a, b: a * b, lambda g, a, b: (g * b, None)),
+    normal(V, V),
+)
+add(
+    "zeros for an operand",
+    "cut",
+    function(lambda x, b: x + b, lambda g, x, b: (g, torch.zeros_like(b))),
+    normal(M, (4,)),
+)
 add("item of a scalar", "cut", lambda x: x * x.sum().item(), normal(V))
 add("the whole output detached", "cut", lambda x: (x * 2).detach(), normal(V))
 
 # ---- broadcast-not-reduced
-add("a bias as large as the batch", "broadcast-not-reduced",
-    function(lambda x, b: x + b, lambda g, x, b: (g, g)), normal(M, (4,)), strict=True)
-add("a column as wide as the matrix", "broadcast-not-reduced",
-    function(lambda x, c: x * c, lambda g, x, c: (g * c, g * x)), normal(M, (3, 1)), strict=True)
+add(
+    "a bias as large as the batch",
+    "broadcast-not-reduced",
+    function(lambda x, b: x + b, lambda g, x, b: (g, g)),
+    normal(M, (4,)),
+    strict=True,
+)
+add(
+    "a column as wide as the matrix",
+    "broadcast-not-reduced",
+    function(lambda x, c: x * c, lambda g, x, c: (g * c, g * x)),
+    normal(M, (3, 1)),
+    strict=True,
+)
 
 # ---- unknown
-add("another function's gradient", "unknown",
-    function(torch.exp, lambda g, x: g * (x.sin() + 0.3 * x)), normal(V))
-add("the upstream squared", "unknown",
-    function(torch.sin, lambda g, x: g * g * x.cos()), normal(V))
+add(
+    "another function's gradient",
+    "unknown",
+    function(torch.exp, lambda g, x: g * (x.sin() + 0.3 * x)),
+    normal(V),
+)
+add("the upstream squared", "unknown", function(torch.sin, lambda g, x: g * g * x.cos()), normal(V))
 
 # ---- inside of something larger
 _silu = function(lambda x: x * torch.sigmoid(x), lambda g, x: g * x.sigmoid(), "BrokenSiLU")
 _cos = function(torch.cos, lambda g, x: g * x.sin(), "BrokenCos")
-add("a wrong sign inside of a network", "wrong-sign",
-    lambda x, w: (_cos(x @ w) * 2).tanh().sum(1), normal((3, 4), (4, 2)))
-add("a missing term inside of a network", "missing-term",
-    lambda x, w: _silu(x @ w).softmax(1), normal((3, 4), (4, 2)))
+add(
+    "a wrong sign inside of a network",
+    "wrong-sign",
+    lambda x, w: (_cos(x @ w) * 2).tanh().sum(1),
+    normal((3, 4), (4, 2)),
+)
+add(
+    "a missing term inside of a network",
+    "missing-term",
+    lambda x, w: _silu(x @ w).softmax(1),
+    normal((3, 4), (4, 2)),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,15 +18,12 @@ from torchbp.graph.text import dtype_name
 
 from .case import Case, Tolerance
 from .hypotheses import hypotheses
-from .probe import Call, Point, Probe, as_tuple, calls_of, cloned_saves, real
-from .report import Cause, Checked, Report, checked
+from .probe import Call, Point, Probe, as_tuple, calls_of, cloned_saves, functions_of, real
+from .report import Cause, Checked, Report, checked, unique
 from .slips import slips
-from .watch import Attached, first_not_finite, watched
+from .watch import Attached, Widths, first_not_finite, watched
 
 __all__ = ["GradcheckError", "gradcheck"]
-
-#: A larger step, at which float32 inside of a function still has digits left.
-_COARSE = 1e-2
 
 
 class GradcheckError(TorchGradcheckError):
@@ -180,10 +178,8 @@ def _examined(probe: Probe, options: _Options) -> Report | None:
     backward = options.torch["check_backward_ad"]
     seen: list[Cause] = []
     if backward:
-        try:
+        with suppress(RuntimeError):  # it will be met again
             seen = watched(probe, options.strict)
-        except RuntimeError:
-            pass  # it will be met again
         probe.restore()
     error = _torch_says(probe, options, forward=False) if backward else None
     if error is not None or seen:
@@ -334,7 +330,7 @@ def _of_input(case: Case, call: Call | None, i: int) -> list[Cause]:
         masks = [cause for cause in found if cause.name == "wrong-mask"]
         rest = [cause for cause in found if cause.name != "wrong-mask"]
         found = [*rest, *slips(case, call, i), *masks]
-    return list({cause.name: cause for cause in reversed(found)}.values())[::-1]
+    return unique(found)
 
 
 def _call(probe: Probe) -> Call | None:
@@ -451,7 +447,7 @@ def _unsteady(probe: Probe, options: _Options) -> Cause | None:
     why = (
         "with the same random state before each run they do not: it draws random numbers"
         if again
-        else "and do so with the same random state too: it depends on something that each run changes"
+        else "with the same random state too: it depends on something that each run changes"
     )
     return Cause("nondeterministic", f"two runs at the same inputs differ; {why}")
 
@@ -492,10 +488,11 @@ def _saved_modified(probe: Probe, options: _Options) -> Cause | None:
     """A gradient that is another one where copies of the saved tensors are kept."""
     upstream = probe.upstream(0)
     fix = "with copies kept instead it"
+    outputs = probe.outputs()
+    functions = functions_of(outputs)
+    if not any(output.requires_grad for output in outputs):
+        return None
     try:
-        outputs = probe.outputs()
-        if not any(output.requires_grad for output in outputs):
-            return None
         first = probe.vjp(upstream, outputs, retain=True)
         changed = not all(map(torch.equal, map(real, probe.leaves), map(real, probe.start)))
         second = probe.vjp(upstream, outputs, retain=True)
@@ -508,7 +505,7 @@ def _saved_modified(probe: Probe, options: _Options) -> Cause | None:
     finally:
         probe.restore()
     try:
-        with cloned_saves():
+        with cloned_saves(functions):
             outputs = probe.outputs()
             copies = probe.vjp(upstream, outputs, retain=True)
             probe.restore()
@@ -537,7 +534,7 @@ def _saved_modified(probe: Probe, options: _Options) -> Cause | None:
         when = "after it was kept and before backward"
     else:
         return None
-    with cloned_saves():
+    with cloned_saves(functions):
         try:
             passes = all(map(options.tolerance.fits, probe.analytic()[0], probe.numeric()))
         except RuntimeError:
@@ -574,19 +571,25 @@ def _non_finite(probe: Probe, point: Point) -> Cause:
 
 def _noise(probe: Probe, options: _Options, point: Point) -> Cause | None:
     """Differences that depend on the step as only rounding makes them; a larger step agrees."""
+    with Widths() as widths:
+        probe.outputs()
+    narrow = widths.narrowest
     finer = probe.numeric(options.eps / 2)
-    if all(map(options.tolerance.fits, finer, point.numeric)):
+    if narrow is torch.float64 and all(map(options.tolerance.fits, finer, point.numeric)):
         return None
-    coarse = Tolerance(max(options.tolerance.atol, 1e-3), max(options.tolerance.rtol, 1e-2))
-    for step in (_COARSE, _COARSE / 10):
+    # The error of a difference is the rounding over the step, and the step squared.
+    rounding = max(torch.finfo(narrow).eps, torch.finfo(torch.float32).eps)
+    error = 4 * rounding ** (2 / 3)
+    coarse = Tolerance(error, error)
+    for step in (rounding ** (1 / 3), 2 * rounding ** (1 / 3)):
         if all(map(coarse.fits, point.analytic, probe.numeric(step))):
-            if all(map(coarse.fits, finer, point.numeric)):
+            if all(map(coarse.fits, point.analytic, point.numeric)):
                 return None
+            what = "less than float64" if narrow is torch.float64 else dtype_name(narrow)
             return Cause(
                 "low-precision",
-                f"something inside computes in less than float64: differences at eps = "
-                f"{options.eps:g} and at half of it disagree, and at a step of {step:g} the "
-                "gradient passes",
+                f"something inside computes in {what}: differences at eps = {options.eps:g} are "
+                f"lost in its rounding, and at a step of {step:.2g} the gradient passes",
             )
     return None
 
@@ -854,7 +857,7 @@ def _forward(probe: Probe, options: _Options, error: RuntimeError) -> Report:
     elif dropped and not any(bool(c.any()) for c in columns):
         cause = Cause(
             "tangent-wrong",
-            "the tangent is dropped, without an error: forward mode takes the output for a constant",
+            "the tangent is dropped, without an error: the output passes for a constant",
         )
     else:
         cause = Cause(

@@ -10,11 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, _is_setup_context_defined
+from torch.autograd.function import BackwardCFunction, Function, _is_setup_context_defined
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torchbp.graph.calling import input_names
 
-__all__ = ["Call", "Point", "Probe", "as_tuple", "calls_of", "cloned_saves", "nodes_of", "real"]
+__all__ = [
+    "Call",
+    "Point",
+    "Probe",
+    "as_tuple",
+    "calls_of",
+    "cloned_saves",
+    "functions_of",
+    "nodes_of",
+    "real",
+    "replaced",
+    "takes_context",
+    "wanted_shapes",
+]
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -317,49 +331,93 @@ def calls_of(probe: Probe, alone: bool = False) -> list[Call]:
             return value
         return value.detach().clone().requires_grad_(value.requires_grad)
 
-    def record(function: Any, args: tuple[Any, ...]) -> None:
-        given = args[1:] if takes_context(function) else args
-        calls.append(Call(function, tuple(map(copy, given))))
+    def telling(function: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            given = args[1:] if takes_context(function) else args
+            calls.append(Call(function, tuple(map(copy, given))))
+            return forward(*args, **kwargs)
 
-    with _patched(functions, record):
+        return told
+
+    with replaced(functions, "forward", telling):
         probe.outputs()
     return calls
 
 
 @contextmanager
-def _patched(
-    functions: Sequence[Any], record: Callable[[Any, tuple[Any, ...]], None]
+def replaced(
+    functions: Sequence[Any], method: str, made: Callable[[Any, Callable[..., Any]], Any]
 ) -> Iterator[None]:
-    """With the forward of these classes telling what it gets."""
-    held = [(function, function.__dict__.get("forward")) for function in functions]
+    """With made(function, method) in the place of a static method of these classes.
 
-    def telling(function: Any) -> Callable[..., Any]:
-        forward = function.forward
-
-        def told(*args: Any, **kwargs: Any) -> Any:
-            record(function, args)
-            return forward(*args, **kwargs)
-
-        return told
-
+    "backward" is `vjp` where that is what a class defines.
+    """
+    held = []
     try:
         for function in functions:
-            function.forward = staticmethod(telling(function))
+            name = method
+            if method == "backward" and function.vjp is not Function.vjp:
+                name = "vjp"
+            held.append((function, name, function.__dict__.get(name)))
+            setattr(function, name, staticmethod(made(function, getattr(function, name))))
         yield
     finally:
-        for function, original in held:
+        for function, name, original in reversed(held):
             if original is None:
-                del function.forward
+                delattr(function, name)
             else:
-                function.forward = original
+                setattr(function, name, original)
 
 
 @contextmanager
-def cloned_saves() -> Iterator[None]:
-    """With copies in the place of saved tensors: what is changed later does not reach them."""
+def cloned_saves(functions: Sequence[Any]) -> Iterator[None]:
+    """With copies in the place of what is kept for backward: later changes do not reach it.
 
-    def clone(value: Tensor) -> Tensor:
-        return value.detach().clone()
+    Copied are saved tensors, and what these classes keep as attributes of `ctx`.
+    """
+    kept: dict[int, dict[str, Any]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(clone, clone):
+    def clone(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    def keeping(function: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+        def then_keep(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+            made = method(ctx, *args, **kwargs)
+            kept[id(ctx)] = {
+                name: tree_map(clone, value)
+                for name, value in vars(ctx).items()
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+            }
+            return made
+
+        return then_keep
+
+    def giving(function: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+        def give_back(ctx: Any, *grads: Any) -> Any:
+            vars(ctx).update(tree_map(clone, kept.get(id(ctx), {})))
+            return method(ctx, *grads)
+
+        return give_back
+
+    old = [function for function in functions if takes_context(function)]
+    new = [function for function in functions if not takes_context(function)]
+    with (
+        replaced(old, "forward", keeping),
+        replaced(new, "setup_context", keeping),
+        replaced(functions, "backward", giving),
+        torch.autograd.graph.saved_tensors_hooks(clone, clone),
+    ):
         yield
+
+
+def wanted_shapes(ctx: Any) -> list[tuple[int, ...] | None]:
+    """Of each argument of a custom Function the shape that its gradient has to have.
+
+    None for what needs no gradient. A node has an edge for each tensor that it was given.
+    """
+    edges = [
+        tuple(node._input_metadata[index].shape)
+        for node, index in ctx.next_functions
+        if node is not None
+    ]
+    return [edges.pop(0) if needed and edges else None for needed in ctx.needs_input_grad]

@@ -122,6 +122,11 @@ class Cause:
     factor: float | None = None
 
 
+def unique(causes: Sequence[Cause]) -> list[Cause]:
+    """The first of each name."""
+    return [c for k, c in enumerate(causes) if c.name not in [d.name for d in causes[:k]]]
+
+
 @dataclass(frozen=True)
 class Report:
     """Why a gradient is wrong.

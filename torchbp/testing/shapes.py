@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from .case import Tolerance
-from .probe import Probe, nodes_of
+from .probe import Probe, as_tuple, functions_of, replaced, wanted_shapes
 from .report import Cause
-from .watch import Grads, _wanted
+from .watch import Grads
 
 __all__ = ["mended"]
 
@@ -66,31 +66,24 @@ def mended(probe: Probe, tolerance: Tolerance) -> list[Cause]:
     found = []
     for name, what, fix in _FIXES:
         outputs = probe.outputs()
-        handles = []
-        for node in nodes_of(outputs):
-            if not isinstance(node, BackwardCFunction):
-                continue
-            wanted = [_wanted(*following) for following in node.next_functions]
 
-            def apply(
-                made: Grads,
-                grads: Grads,
-                fix: Fix = fix,
-                wanted: list[tuple[int, ...] | None] = wanted,
-            ) -> Grads:
-                return fix(made, wanted)
+        def mending(
+            function: Any, method: Callable[..., Any], fix: Fix = fix
+        ) -> Callable[..., Any]:
+            def mend(ctx: Any, *grads: Any) -> Any:
+                made = as_tuple(method(ctx, *grads))
+                return fix(made, wanted_shapes(ctx))
 
-            handles.append(node.register_hook(apply))
+            return mend
+
         try:
-            rows = [
-                probe.vjp(row, outputs, retain=True)
-                for row in torch.eye(probe.size, dtype=torch.float64)
-            ]
+            with replaced(functions_of(outputs), "backward", mending):
+                rows = [
+                    probe.vjp(row, outputs, retain=True)
+                    for row in torch.eye(probe.size, dtype=torch.float64)
+                ]
         except RuntimeError:
             continue
-        finally:
-            for handle in handles:
-                handle.remove()
         analytic = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         if all(map(tolerance.fits, analytic, numeric)):
             found.append(

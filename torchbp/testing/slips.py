@@ -4,6 +4,7 @@ backward gives names the fault, and undoing it mends the gradient."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torchbp.graph.operations import ELEMENTWISE, canonical
+from torchbp.graph.operations import canonical, pattern_of
 
 from .case import Case
 from .probe import Call, Probe, takes_context
-from .report import Cause
+from .report import Cause, unique
 
 __all__ = ["slips"]
 
 #: Calls and slips that are tried at most.
 _CALLS, _SLIPS = 40, 120
-_SUMS = ("add", "cat", "stack", "addmm", "baddbmm")
-_PRODUCTS = ("mul", "div", "rdiv", "pow", "square")
+_SUMS = ("add", "sub", "cat", "stack")
 _MASKS = ("where",)
 
 
@@ -104,7 +104,7 @@ class _Slipping(TorchFunctionMode):
         operands = [(p, tuple(x.shape), id(x) in self.inputs) for p, x in passing]
         self.met.append(_Met(canonical(name), tuple(made.shape), operands))
         if slip is not None and slip.kind == "identity":
-            through = passing[0][1]
+            through = flat[slip.operand]
             return through + (made - through).detach()
         if slip is not None and slip.kind == "mask":
             condition, *branches = args
@@ -122,14 +122,12 @@ def slips(case: Case, call: Call, i: int) -> list[Cause]:
         return []
     with _Slipping(None, opened.leaves) as mode:
         opened.outputs()
-    found = []
-    for slip in list(_candidates(mode.met))[:_SLIPS]:
-        if _explains(case, opened, slip, i):
-            found.append((slip, _cause(case, mode.met, slip, i)))
+    tried = itertools.islice(_candidates(mode.met), _SLIPS)
+    found = [_cause(case, mode.met, slip, i) for slip in tried if _explains(case, opened, slip, i)]
     # A branch of a sum that is lost says more than the operand at its beginning.
-    order = {"wrong-mask": 0, "overwritten": 1, "missing-term": 2}
-    found.sort(key=lambda pair: order[pair[1].name])
-    return list({cause.name: cause for _, cause in reversed(found)}.values())[::-1]
+    order = ("wrong-mask", "overwritten", "missing-term")
+    found.sort(key=lambda cause: order.index(cause.name))
+    return unique(found)
 
 
 def _right(case: Case, opened: Probe, i: int) -> bool:
@@ -162,9 +160,9 @@ def _candidates(met: Sequence[_Met]) -> Iterator[_Slip]:
     for number, call in enumerate(met[:_CALLS]):
         if call.operation in _MASKS:
             yield _Slip(number, -1, "mask")
-        if len(call.operands) == 1 and call.operands[0][1] == call.result:
-            yield _Slip(number, -1, "identity")
-        for position, _, _ in call.operands:
+        for position, shape, _ in call.operands:
+            if shape == call.result:
+                yield _Slip(number, position, "identity")
             yield _Slip(number, position, "drop")
 
 
@@ -191,6 +189,12 @@ def _cause(case: Case, met: Sequence[_Met], slip: _Slip, i: int) -> Cause:
             f"the condition of `{call.operation}` is turned round in the gradient of {name}; "
             "turned back it passes",
         )
+    if slip.kind == "identity" and pattern_of(call.operation, 2) in ("mask", "router"):
+        return Cause(
+            "wrong-mask",
+            f"the gradient of {name} passes `{call.operation}` everywhere, without its mask. "
+            f"{tested}",
+        )
     if slip.kind == "identity":
         return Cause(
             "missing-term",
@@ -200,10 +204,9 @@ def _cause(case: Case, met: Sequence[_Met], slip: _Slip, i: int) -> Cause:
     shapes = {shape for _, shape, _ in call.operands}
     uses = sum(itself for one in met for _, _, itself in one.operands)
     direct = next(itself for position, _, itself in call.operands if position == slip.operand)
-    alike = len(call.operands) > 1 and len(shapes) == 1
-    branch = call.operation in _SUMS or (call.operation == "sub" and alike)
-    separate = direct and uses > 1 and call.operation not in ELEMENTWISE
-    if (branch and len(call.operands) > 1) or separate:
+    branch = call.operation in _SUMS and len(call.operands) > 1 and len(shapes) == 1
+    product = pattern_of(call.operation, 2) == "transpose-and-multiply"
+    if branch or (direct and uses > 1 and product):
         return Cause(
             "overwritten",
             f"{name} is used more than once, and the gradient through the use at "

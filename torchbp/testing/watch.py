@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torchbp.graph.text import dims
 from torchbp.graph.trace import _frames, _line_of
 
-from .probe import Probe, nodes_of
+from .probe import Probe, as_tuple, functions_of, nodes_of, replaced, wanted_shapes
 from .report import Cause
 
-__all__ = ["Attached", "first_not_finite", "hooked", "watched"]
+__all__ = ["Attached", "Widths", "first_not_finite", "hooked", "watched"]
 
 Grads = tuple[Tensor | None, ...]
 
@@ -90,36 +90,32 @@ def watched(probe: Probe, strict: bool) -> list[Cause]:
                         "taken before the call. Make a new tensor instead.",
                     ),
                 )
-        if strict:
-            for number, (grad, (following, index)) in enumerate(
-                zip(made, node.next_functions, strict=False)
-            ):
-                wanted = _wanted(following, index)
-                if grad is not None and wanted is not None and tuple(grad.shape) != wanted:
+
+    def looking(function: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+        def look(ctx: Any, *grads: Any) -> Any:
+            made = method(ctx, *grads)
+            pairs = zip(as_tuple(made), wanted_shapes(ctx), strict=False)
+            for number, (grad, shape) in enumerate(pairs):
+                if strict and grad is not None and shape is not None and tuple(grad.shape) != shape:
                     found.setdefault(
                         "broadcast-not-reduced",
                         Cause(
                             "broadcast-not-reduced",
-                            f"the backward of {_name(node)} returns a gradient of shape "
-                            f"{dims(grad.shape)} for operand {number}, whose shape is "
-                            f"{dims(wanted)}. Autograd sums it silently; summed to the operand's "
-                            "shape it passes. Use sum_to_size.",
+                            f"the backward of {function.__name__} returns a gradient of shape "
+                            f"{dims(grad.shape)} for argument {number}, whose shape is "
+                            f"{dims(shape)}. Autograd sums it silently, and with that it passes. "
+                            "Use sum_to_size",
                         ),
                     )
+            return made
+
+        return look
 
     if not any(output.requires_grad for output in outputs):
         return []
-    with hooked(outputs, before, after):
+    with hooked(outputs, before, after), replaced(functions_of(outputs), "backward", looking):
         probe.backward(probe.upstream(0), outputs)
     return list(found.values())
-
-
-def _wanted(node: Any, index: int) -> tuple[int, ...] | None:
-    """The shape of what a node takes."""
-    try:
-        return tuple(node._input_metadata[index].shape)
-    except (AttributeError, IndexError, TypeError, RuntimeError):
-        return None
 
 
 # ---- where numbers stop being finite
@@ -186,6 +182,21 @@ def first_not_finite(probe: Probe) -> str | None:
     with hooked(outputs, lambda node, grads: None, after):
         probe.backward(probe.upstream(0), outputs)
     return found[0] if found else None
+
+
+class Widths(TorchDispatchMode):
+    """Notes the narrowest floating type that anything is computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.narrowest = max(self.narrowest, leaf.dtype, key=lambda d: torch.finfo(d).eps)
+        return made
 
 
 # ---- as if nothing were detached

@@ -6,6 +6,7 @@ the fault that its name tells; inputs are float64, away from kinks unless the ki
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as TF
 from torch import Tensor
 from torch.autograd import Function
 
@@ -37,6 +39,9 @@ class Animal:
     inputs: Maker
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.name
+
 
 ZOO: dict[str, Animal] = {}
 
@@ -44,7 +49,7 @@ ZOO: dict[str, Animal] = {}
 def function(
     forward: Callable[..., Tensor], backward: Callable[..., Any], name: str = "Broken"
 ) -> Callable[..., Any]:
-    """A custom Function of y = forward(*inputs), with backward(upstream, *inputs) as its gradient."""
+    """A custom Function of y = forward(*inputs) with the gradients backward(upstream, *inputs)."""
 
     def run(ctx: Any, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
@@ -53,6 +58,10 @@ def function(
     def back(ctx: Any, grad_output: Tensor) -> Any:
         return backward(grad_output, *ctx.saved_tensors)
 
+    # The arguments have the names that they have in `backward`, behind the upstream.
+    names = list(inspect.signature(backward).parameters.values())[1:]
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    run.__signature__ = inspect.Signature([context, *names])  # type: ignore[attr-defined]
     members = {"forward": staticmethod(run), "backward": staticmethod(back)}
     return type(name, (Function,), members).apply  # type: ignore[attr-defined, no-any-return]
 
@@ -673,5 +682,138 @@ add(
     "a missing term inside of a network",
     "missing-term",
     lambda x, w: _silu(x @ w).softmax(1),
+    normal((3, 4), (4, 2)),
+)
+
+
+# ---- more of each, as they are met in the wild
+add(
+    "sigmoid without 1 - y",
+    "missing-term",
+    function(torch.sigmoid, lambda g, x: g * x.sigmoid()),
+    normal(M),
+)
+add(
+    "tanh without its 1",
+    "missing-term",
+    function(torch.tanh, lambda g, x: -g * x.tanh() ** 2),
+    normal((4,)),
+)
+add(
+    "a norm not divided by",
+    "missing-term",
+    function(lambda x: x.norm(), lambda g, x: g * x),
+    normal(V),
+)
+add(
+    "a product with its own factor",
+    "missing-term",
+    function(lambda x: x.prod(), lambda g, x: g * x.prod()),
+    positive((4,)),
+)
+add(
+    "a quotient without its divisor",
+    "missing-term",
+    function(lambda a, b: a / b, lambda g, a, b: (g, -g * a / b**2)),
+    positive(V, V),
+)
+add(
+    "cross-entropy without the target",
+    "missing-term",
+    function(
+        lambda x: -x.log_softmax(1)[torch.arange(3), torch.tensor([0, 2, 1])].mean(),
+        lambda g, x: g * x.softmax(1) / 3,
+    ),
+    normal(M),
+)
+add(
+    "tanh in numpy",
+    "missing-term",
+    function(lambda x: torch.from_numpy(np.tanh(x.detach().numpy())), lambda g, x: g * x.tanh()),
+    normal(V),
+)
+add(
+    "cross-entropy not divided",
+    "wrong-factor",
+    function(
+        lambda x: TF.cross_entropy(x, torch.tensor([0, 2, 1])),
+        lambda g, x: g * (x.softmax(1) - TF.one_hot(torch.tensor([0, 2, 1]), 4)),
+    ),
+    normal(M),
+)
+add(
+    "bias of a layer over the wrong dimension",
+    "batch-sum-missing",
+    function(lambda x, w, b: x @ w.T + b, lambda g, x, w, b: (g @ w, g.T @ x, g.sum(1))),
+    normal((3, 4), (2, 4), (2,)),
+)
+add(
+    "bias of a convolution",
+    "batch-sum-missing",
+    function(
+        TF.conv2d,
+        lambda g, x, w, b: (
+            torch.nn.grad.conv2d_input(x.shape, w, g),
+            torch.nn.grad.conv2d_weight(x, w.shape, g),
+            g.sum(0),
+        ),
+    ),
+    normal((2, 2, 4, 4), (3, 2, 2, 2), (3,)),
+)
+add(
+    "weights of a batch from its first",
+    "batch-sum-missing",
+    function(lambda x, w: x @ w, lambda g, x, w: (g @ w.T, (x.mT @ g)[0])),
+    normal((2, 3, 4), (4, 5)),
+)
+add(
+    "a layer's weights and bias exchanged",
+    "swapped-operands",
+    function(lambda x, w, b: x @ w.T + b, lambda g, x, w, b: (g @ w, g.sum(0), g.T @ x)),
+    normal((3, 4), (2, 4), (2,)),
+)
+add(
+    "embedding",
+    "overwritten",
+    function(
+        lambda w: w[torch.tensor([1, 0, 1])],
+        lambda g, w: torch.zeros_like(w).index_copy(0, torch.tensor([1, 0, 1]), g),
+    ),
+    normal((3, 4)),
+)
+add("abs without its sign", "wrong-mask", function(torch.abs, lambda g, x: g), normal(M))
+add(
+    "max always to the first",
+    "wrong-mask",
+    function(
+        lambda x: x.amax(1),
+        lambda g, x: torch.zeros_like(x).index_add(1, torch.tensor([0]), g[:, None]),
+    ),
+    normal(M),
+)
+add(
+    "cumsum not turned round",
+    "transposed",
+    function(lambda x: x.cumsum(0), lambda g, x: g.cumsum(0)),
+    normal((4,)),
+)
+add("through numpy", "cut", lambda x: x * torch.from_numpy(x.detach().numpy()), normal(V))
+add("an input changed in place", "nondeterministic", lambda x: x.data.mul_(1.5) * x, normal(V))
+add(
+    "in place inside of a network",
+    "gradient-modified",
+    lambda x: function(lambda x: x * 3, lambda g, x: g.mul_(3))(x * 2).sin(),
+    normal(V),
+)
+add(
+    "backward under no_grad",
+    "double-backward-wrong",
+    function(torch.exp, lambda g, x: (g * x.exp()).detach()),
+    normal(V),
+)
+add(
+    "a term too many",
+    "unknown",
+    function(lambda x, w: x @ w, lambda g, x, w: (g @ w.T + 0.1 * g.sum() * x, x.T @ g)),
     normal((3, 4), (4, 2)),
 )

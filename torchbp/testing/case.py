@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .probe import Point, Probe
+from torchbp.graph.calling import name_of
 
-__all__ = ["Case", "Tolerance"]
+from .probe import Point, Probe
+from .report import Cause, Checked, Report, checked
+
+__all__ = ["Case", "Options", "Tolerance", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,19 @@ class Tolerance:
 
     def fits(self, analytic: Tensor, numeric: Tensor) -> bool:
         return analytic.shape == numeric.shape and not bool(self.wrong(analytic, numeric).any())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asked for."""
+
+    eps: float
+    tolerance: Tolerance
+    nondet_tol: float
+    strict: bool
+    kinks: Literal["raise", "skip"]
+    double: bool
+    torch: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,3 +108,39 @@ def _noisy(probe: Probe, tolerance: Tolerance, point: Point) -> bool:
     finally:
         probe.restore()
     return any(not tolerance.fits(one, two) for one, two in zip(finer, point.numeric, strict=True))
+
+
+def report_of(
+    probe: Probe,
+    options: Options,
+    point: Point | None,
+    found: Sequence[Cause],
+    notes: Sequence[str] = (),
+    causes: dict[int, str] | None = None,
+    of: str = "gradient",
+    name: str | None = None,
+) -> Report:
+    outputs = [
+        (
+            "y" if len(probe.shapes) == 1 else f"y{number}",
+            shape if is_real else (*shape, 2),
+        )
+        for number, (shape, is_real) in enumerate(
+            zip(probe.shapes, probe.outputs_real, strict=True)
+        )
+    ]
+    if point is None:
+        try:
+            point = probe.point()
+        except RuntimeError:
+            probe.restore()
+    each: list[Checked] = []
+    if point is not None:
+        for i, leaf in enumerate(probe.leaves):
+            a, n = point.analytic[i], point.numeric[i]
+            wrong = options.tolerance.wrong(a, n)
+            one = checked(probe.names[i], leaf, a, n, wrong, outputs)
+            each.append(
+                replace(one, cause=(causes or {}).get(i, found[0].name if one.count else None))
+            )
+    return Report(name or name_of(probe.fn), of, tuple(each), tuple(found), tuple(notes))

@@ -72,24 +72,26 @@ def cut(case: Case, i: int) -> Cause | None:
     )
 
 
-def cut_output(case: Case, i: int) -> Cause | None:
-    """One of several outputs hands nothing back."""
-    if len(case.probe.sizes) < 2:
+def of_outputs(case: Case, i: int) -> Cause | None:
+    """Some of several outputs hand nothing back."""
+    mended, lost = [], set(range(len(case.probe.sizes)))
+    slices = _rows(case.probe)
+    for a in case.analytic(i):
+        lost &= {k for k in lost if not bool(a[slices[k]].any())}
+    if not lost or len(lost) == len(slices):
         return None
-    for number, rows in enumerate(_rows(case.probe)):
-        if not _zero([matrix[rows] for matrix in case.analytic(i)]):
-            continue
-        mended = [
-            torch.cat([a[: rows.start], n[rows], a[rows.stop :]])
-            for a, n in zip(case.analytic(i), case.numeric(i), strict=True)
-        ]
-        if case.everywhere(mended, i):
-            return Cause(
-                "cut",
-                f"nothing of the upstream of output {number} reaches {case.probe.names[i]}; "
-                "the rest passes",
-            )
-    return None
+    for a, n in zip(case.analytic(i), case.numeric(i), strict=True):
+        mended.append(a.clone())
+        for k in lost:
+            mended[-1][slices[k]] = n[slices[k]]
+    if not case.everywhere(mended, i):
+        return None
+    which = ", ".join(map(str, sorted(lost)))
+    return Cause(
+        "overwritten",
+        f"{case.probe.names[i]} is used by several outputs, and nothing of the upstream of output "
+        f"{which} arrives; with that added it passes. Accumulate instead of assigning",
+    )
 
 
 def _rows(probe: Probe) -> list[slice]:
@@ -319,7 +321,7 @@ _ALL: tuple[Hypothesis, ...] = (
     batch_sum,
     wrong_input,
     cut,
-    cut_output,
+    of_outputs,
     overwritten,
     mask,
 )

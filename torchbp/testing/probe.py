@@ -48,6 +48,20 @@ def _is_checked(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
+def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first `count` arguments; of a custom Function's apply those of its forward.
+
+    Example:
+        >>> argument_names(lambda a, b: a, 2)
+        ['a', 'b']
+    """
+    owner = getattr(fn, "__self__", None)
+    if not (isinstance(owner, type) and issubclass(owner, Function)):
+        return input_names(fn, count)
+    context = takes_context(owner)
+    return input_names(owner.forward, count + context)[context:]
+
+
 @dataclass(frozen=True)
 class Point:
     """Both Jacobians at some values of the inputs.
@@ -92,7 +106,7 @@ class Probe:
     ) -> None:
         self.fn, self.args, self.eps, self.seeded = fn, tuple(inputs), eps, True
         checked = [i for i, value in enumerate(self.args) if _is_checked(value)]
-        all_names = names or input_names(fn, len(self.args))
+        all_names = names or argument_names(fn, len(self.args))
         self.all_names = list(all_names)
         self.where = checked
         self.names = [all_names[i] for i in checked]

@@ -15,10 +15,11 @@ from .watch import Grads
 
 __all__ = ["mended"]
 
-Fix = Callable[[Grads, list[tuple[int, ...] | None]], Grads]
+Shapes = list[tuple[int, ...] | None]
+Fix = Callable[[Grads, Shapes, Grads], Grads]
 
 
-def _exchanged(made: Grads, wanted: list[tuple[int, ...] | None]) -> Grads:
+def _exchanged(made: Grads, wanted: Shapes, upstream: Grads) -> Grads:
     """The gradients in the order in which their shapes fit."""
     left = [grad for grad in made if grad is not None]
     fitting: list[Tensor | None] = []
@@ -31,7 +32,7 @@ def _exchanged(made: Grads, wanted: list[tuple[int, ...] | None]) -> Grads:
     return tuple(fitting)
 
 
-def _transposed(made: Grads, wanted: list[tuple[int, ...] | None]) -> Grads:
+def _transposed(made: Grads, wanted: Shapes, upstream: Grads) -> Grads:
     """The gradients with their last two dimensions exchanged where that fits."""
     return tuple(
         grad
@@ -41,16 +42,27 @@ def _transposed(made: Grads, wanted: list[tuple[int, ...] | None]) -> Grads:
     )
 
 
-def _summed(made: Grads, wanted: list[tuple[int, ...] | None]) -> Grads:
-    """The gradients summed over the dimensions that the operands lack, or have one of."""
+def _summed(made: Grads, wanted: Shapes, upstream: Grads) -> Grads:
+    """In the place of gradients that are refused the gradient itself, or the upstream, summed over
+    all dimensions but those of the operand."""
     fitting = []
     for grad, shape in zip(made, wanted, strict=True):
-        if grad is None or shape is None or grad.dim() <= len(shape):
+        if grad is None or shape is None or tuple(grad.shape) == shape or len(shape) > 1:
             fitting.append(grad)
-        else:
-            extra = tuple(range(grad.dim() - len(shape)))
-            fitting.append(grad.sum(extra))
+            continue
+        sums = [
+            total for one in (grad, *upstream) if one is not None for total in _sums(one, shape)
+        ]
+        fitting.append(sums[0] if sums else grad)
     return tuple(fitting)
+
+
+def _sums(grad: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """The sums of a gradient that have this shape, of one dimension or none."""
+    if not shape:
+        return [grad.sum()]
+    kept = [dim for dim in range(grad.dim()) if (grad.shape[dim],) == shape and grad.dim() > 1]
+    return [grad.sum([other for other in range(grad.dim()) if other != dim]) for dim in kept]
 
 
 _FIXES: tuple[tuple[str, str, Fix], ...] = (
@@ -72,7 +84,7 @@ def mended(probe: Probe, tolerance: Tolerance) -> list[Cause]:
         ) -> Callable[..., Any]:
             def mend(ctx: Any, *grads: Any) -> Any:
                 made = as_tuple(method(ctx, *grads))
-                return fix(made, wanted_shapes(ctx))
+                return fix(made, wanted_shapes(ctx), grads)
 
             return mend
 

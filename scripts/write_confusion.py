@@ -29,6 +29,7 @@ def page() -> str:
     """The text of docs/gradcheck.md."""
     found = examined()
     right = sum(found[name] == animal.fault for name, animal in ZOO.items())
+    passed = list(found.values()).count("passed")
     report = report_of(ZOO[SHOWN])
     return "\n\n".join(
         [
@@ -44,9 +45,9 @@ def page() -> str:
             "the given inputs and at others.",
             _table(["`err.report.cause`", "meaning"], [[f"`{n}`", t] for n, t in CAUSES.items()]),
             "## Fault against diagnosis",
-            f"{right} of the {len(ZOO)} broken gradients in `tests/testing/zoo.py` are named right, "
-            f"and {list(found.values()).count('passed')} pass. Rows are faults, "
-            "columns what is said first; the numbers are counts.",
+            f"{right} of the {len(ZOO)} broken gradients of `tests/testing/zoo.py` get their name, "
+            f"and {passed} pass. Rows are faults, columns what is said first; the numbers are "
+            "counts.",
             _matrix(found),
             "## The zoo",
             _table(

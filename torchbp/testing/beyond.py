@@ -150,7 +150,7 @@ def forward_mode(probe: Probe, options: Options, error: RuntimeError) -> Report:
             shape = (*leaf.shape, 2) if leaf.is_complex() else leaf.shape
             unit = flat.reshape(shape)
             tangent = (torch.view_as_complex(unit) if leaf.is_complex() else unit).to(leaf)
-            with forward_ad.dual_level(), torch.random.fork_rng():
+            with forward_ad.dual_level(), torch.random.fork_rng(probe.devices):
                 torch.manual_seed(0)
                 dual = forward_ad.make_dual(leaf.detach(), tangent)
                 place = probe.where[number]

@@ -45,7 +45,7 @@ class Options:
     torch: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A function, both Jacobians at the given inputs and at others, and where they differ.
 

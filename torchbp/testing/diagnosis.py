@@ -53,7 +53,12 @@ def examined(probe: Probe, options: Options) -> Report | None:
         probe.restore()
     error = _torch_says(probe, options, forward=False) if backward else None
     if error is not None or seen:
-        return _diagnosed(probe, options, seen, error)
+        try:
+            return _diagnosed(probe, options, seen, error)
+        except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as stopped:
+            # What torch found must not be lost to a function that cannot be run otherwise.
+            text = f"torch says: {error}. The diagnosis ended with {stopped!r}"
+            return Report(name_of(probe.fn), "gradient", (), (*seen, Cause("unknown", text)))
     if backward:
         report = not_linear(probe, options)
         if report is None and options.double:
@@ -116,14 +121,9 @@ def _diagnosed(
         return report_of(probe, options, None, [unsteady, *seen])
     if error is not None and "returned an invalid gradient" in str(error):
         return report_of(probe, options, None, refused_shapes(probe, options, error))
-    try:
-        point = probe.point()
-    except RuntimeError:
-        if seen:
-            return report_of(probe, options, None, seen)
-        raise
-    if seen:
-        return report_of(probe, options, point, seen)
+    if seen and (error is None or any(cause.name == "gradient-modified" for cause in seen)):
+        return report_of(probe, options, None, seen)
+    point = probe.point()
     if not point.finite:
         return report_of(probe, options, point, [non_finite(probe, point)])
     noise = noise_of(probe, options, point)
@@ -157,7 +157,7 @@ def _diagnosed(
     inner = _inside(probe, options) if left else None
     if inner is not None:
         found, notes = inner
-    return report_of(probe, options, point, found, notes, left)
+    return report_of(probe, options, point, [*found, *seen], notes, left)
 
 
 def explained(

@@ -29,6 +29,9 @@ class GradcheckError(TorchGradcheckError):
         super().__init__(str(report))
         self.report = report
 
+    def __reduce__(self) -> tuple[type, tuple[Report]]:
+        return type(self), (self.report,)
+
 
 def gradcheck(
     func: Callable[..., Any],

@@ -62,7 +62,7 @@ def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     return input_names(owner.forward, count + context)[context:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """Both Jacobians at some values of the inputs.
 
@@ -112,6 +112,9 @@ class Probe:
         self.names = [all_names[i] for i in checked]
         self.leaves: list[Tensor] = [self.args[i] for i in checked]
         self.start = [leaf.detach().clone() for leaf in self.leaves]
+        self.devices = sorted(
+            {x.device.index or 0 for x in self.args if isinstance(x, Tensor) and x.is_cuda}
+        )
         self.chosen: list[int] = []
         self._known = False
         outputs = self.outputs()
@@ -133,7 +136,7 @@ class Probe:
 
     def outputs(self) -> list[Tensor]:
         """The outputs that are checked: those that require grad; if none does, all."""
-        with torch.enable_grad(), torch.random.fork_rng(enabled=self.seeded):
+        with torch.enable_grad(), torch.random.fork_rng(self.devices, self.seeded):
             if self.seeded:
                 torch.manual_seed(0)
             made = as_tuple(self.fn(*self.args))
@@ -304,7 +307,7 @@ def nodes_of(outputs: Sequence[Tensor]) -> list[Any]:
     return list(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of a custom Function.
 

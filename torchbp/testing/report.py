@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import html
+import itertools
 import os
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torchbp.graph.text import dims, dtype_name, render, table
-
-if TYPE_CHECKING:
-    from torchbp.graph.html import Html
 
 __all__ = ["CAUSES", "Cause", "Checked", "Element", "Report"]
 
@@ -77,7 +75,7 @@ class Element:
         return self.absolute / abs(self.numeric) if self.numeric else float("inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checked:
     """One input and its gradient.
 
@@ -94,9 +92,9 @@ class Checked:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    analytic: Tensor
-    numeric: Tensor
-    wrong: Tensor
+    analytic: Tensor = field(repr=False)
+    numeric: Tensor = field(repr=False)
+    wrong: Tensor = field(repr=False)
     pattern: str
     worst: tuple[Element, ...]
     cause: str | None = None
@@ -127,7 +125,7 @@ def unique(causes: Sequence[Cause]) -> list[Cause]:
     return [c for k, c in enumerate(causes) if c.name not in [d.name for d in causes[:k]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """Why a gradient is wrong.
 
@@ -185,29 +183,26 @@ class Report:
             lines.append(render(table(heads, rows, title="", caption=""), width=88).strip("\n"))
         return "\n".join(lines)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> Html:
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """Analytic, numeric and difference side by side, as a page of its own.
 
         Args:
             path: the file to write; None writes none.
 
         Returns:
-            the page as text, which a notebook shows.
+            the page as text.
 
         Raises:
             TypeError: `path` is neither a str nor a Path.
         """
-        from torchbp.graph.html import Html
         from torchbp.graph.svg import write
 
         text = _page(self)
         write("to_html", text, path)
-        return Html(text)
+        return text
 
 
 def _wrapped(text: str) -> str:
-    import textwrap
-
     return textwrap.fill(text, 88, subsequent_indent="    ")
 
 
@@ -252,8 +247,6 @@ def checked(
 
 
 def _indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    import itertools
-
     return list(itertools.product(*map(range, shape)))
 
 

@@ -3,12 +3,11 @@ gradient changed, a shape that is not the operand's, the first number that is no
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchbp.graph.text import dims
-from torchbp.graph.trace import _frames, _line_of
+from torchbp.graph.trace import _OWN, _line_of
 
 from .probe import Probe, as_tuple, functions_of, nodes_of, replaced, wanted_shapes
 from .report import Cause
@@ -130,9 +129,6 @@ def _finite(values: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors if t.layout is torch.strided)
 
 
-_OWN = str(Path(__file__).parent) + os.sep
-
-
 class _FirstNotFinite(TorchDispatchMode):
     """Finds the first operation that makes inf or nan of finite numbers."""
 
@@ -146,19 +142,17 @@ class _FirstNotFinite(TorchDispatchMode):
         uninitialised = "empty" in func.__name__
         if self.found is None and finite and not uninitialised and not _finite(made):
             name = func.__name__.partition(".")[0]
-            frames = []
-            for frame in _frames(sys._getframe(1)):
-                if frame.f_code.co_filename.startswith(_OWN):
-                    break
-                frames.append(frame)
-            inside = list(itertools.takewhile(lambda f: not _calls_probe(f), frames))
-            line = _line_of(inside)
+            line = _line_of(list(_frames_inside(sys._getframe(1))))
             self.found = f"{name}" + (f" ({_short(line)})" if line else "")
         return made
 
 
-def _calls_probe(frame: Any) -> bool:
-    return bool(frame.f_code.co_name in ("gradcheck",))
+def _frames_inside(frame: FrameType | None) -> Iterator[FrameType]:
+    """The checked function's own code that is running, the innermost call first."""
+    while frame is not None and frame.f_code is not Probe.outputs.__code__:
+        if not frame.f_code.co_filename.startswith(_OWN):
+            yield frame
+        frame = frame.f_back
 
 
 def _short(line: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchbp.graph.text import dtype_name
 
 from .case import Case, Options, Tolerance
-from .probe import Point, Probe, cloned_saves, functions_of, real
+from .probe import Point, Probe, cloned_saves, functions_of, nodes_of, real
 from .report import Cause
 from .watch import Attached, Widths, first_not_finite
 
@@ -274,27 +274,39 @@ def kink_of(probe: Probe, point: Point, kinks: Sequence[Tensor]) -> Cause:
 
 
 def attached_of(case: Case) -> Cause | None:
-    """The gradient passes where nothing keeps it out."""
-    met: list[str] = []
-    for point in case.points:
-        case.probe.set(point.values)
-        try:
-            with Attached() as mode:
-                outputs = case.probe.outputs()
-            rows = [
-                case.probe.vjp(row, outputs, retain=True)
-                for row in torch.eye(case.probe.size, dtype=torch.float64)
-            ]
-        except (RuntimeError, TypeError):
-            return None
-        finally:
-            case.probe.restore()
-        if not mode.met:
-            return None
-        met = mode.met
-        whole = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-        if point is case.points[0] and any(bool(k.any()) for k in case.kinks):
-            continue
-        if not all(map(case.tolerance.fits, whole, point.numeric)):
-            return None
-    return Cause("cut", f"{' and '.join(met)} keeps the gradient out; without it passes")
+    """The gradient passes where nothing keeps it out; or all that autograd sees is torch's own."""
+    with Attached() as mode:
+        outputs = case.probe.outputs()
+    if not mode.met:
+        return None
+    said = " and ".join(mode.met)
+    if all(_passes_attached(case, point) for point in case.points):
+        return Cause("cut", f"{said} keeps the gradient out; without it passes")
+    names = {type(node).__name__ for node in nodes_of(outputs)}
+    if functions_of(outputs) or any("Cpp" in name for name in names):
+        return None
+    return Cause(
+        "cut",
+        f"{said} keeps the gradient out: autograd sees torch's own operations alone, whose "
+        "gradients are right, and the output changes by another way",
+    )
+
+
+def _passes_attached(case: Case, point: Point) -> bool:
+    case.probe.set(point.values)
+    try:
+        with Attached():
+            outputs = case.probe.outputs()
+        units = torch.eye(case.probe.size, dtype=torch.float64)
+        rows = [case.probe.vjp(unit, outputs, retain=True) for unit in units]
+    except (RuntimeError, TypeError):
+        return False
+    finally:
+        case.probe.restore()
+    whole = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    if point is case.points[0]:
+        whole = [
+            torch.where(kink, numeric, matrix)
+            for kink, numeric, matrix in zip(case.kinks, point.numeric, whole, strict=True)
+        ]
+    return all(map(case.tolerance.fits, whole, point.numeric))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
-from math import prod
 from typing import Any
 
 import torch
@@ -239,13 +238,30 @@ def batch_sum(case: Case, i: int) -> Cause | None:
                     f"reaches {name}: it passes for that one alone, and for the sum over all the "
                     "others are to be added",
                 )
-    if prod(output) and len(output) == 2 and output[0] == output[1]:
-        mended = [a.reshape(*output, -1).transpose(0, 1).reshape(a.shape) for a in case.analytic(i)]
-        if case.probe.leaves[i].dim() < 2 and case.everywhere(mended, i):
+    if case.probe.leaves[i].numel() == 1:
+        arrived = [(a != 0).any(1).nonzero().flatten().tolist() for a in case.analytic(i)]
+        if len(arrived[0]) == 1 and all(rows == arrived[0] for rows in arrived):
+            (row,) = arrived[0]
+            pairs = zip(case.analytic(i), case.numeric(i), strict=True)
+            if all(case.tolerance.fits(a[row], n[row]) for a, n in pairs):
+                return Cause(
+                    "batch-sum-missing",
+                    f"of the upstream {dims(output)} only element {row} reaches {name}: it passes "
+                    "for that one alone, and for the sum over all the others are to be added",
+                )
+    if case.probe.leaves[i].dim() > 1:
+        return None
+    for one, two in itertools.combinations(range(len(output)), 2):
+        if output[one] != output[two]:
+            continue
+        mended = [
+            a.reshape(*output, -1).transpose(one, two).reshape(a.shape) for a in case.analytic(i)
+        ]
+        if case.everywhere(mended, i):
             return Cause(
                 "batch-sum-missing",
-                f"the gradient of {name} is summed over the wrong dimension of the upstream; "
-                "summed over the other one it passes",
+                f"the gradient of {name} is the sum over dimension {one} of the upstream, and "
+                f"should be that over dimension {two}, or the other way round; exchanged it passes",
             )
     return None
 

@@ -322,8 +322,8 @@ class Call:
 
 def functions_of(outputs: Sequence[Tensor]) -> list[Any]:
     """The classes of the custom Functions behind the outputs."""
-    nodes = [node for node in nodes_of(outputs) if isinstance(node, BackwardCFunction)]
-    return list(dict.fromkeys(type(node)._forward_cls for node in nodes))
+    nodes: list[Any] = [node for node in nodes_of(outputs) if isinstance(node, BackwardCFunction)]
+    return list(dict.fromkeys(node._forward_cls for node in nodes))
 
 
 def takes_context(function: Any) -> bool:

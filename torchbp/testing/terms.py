@@ -16,6 +16,7 @@ __all__ = ["missing"]
 
 #: What is tried, of a number u: an input or the output.
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1": torch.ones_like,
     "{u}": lambda u: u,
     "2 {u}": lambda u: 2 * u,
     "{u}^2": lambda u: u * u,

@@ -198,7 +198,11 @@ class Widths(TorchDispatchMode):
 
 class Attached(TorchFunctionMode):
     """Lets the gradient through where the function keeps it out: `detach`, `data`, `item` and
-    `no_grad` have no effect."""
+    `no_grad` have no effect.
+
+    Attributes:
+        met: what of these was met, and what cannot be undone: numpy, tolist.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,6 +217,9 @@ class Attached(TorchFunctionMode):
         if func in (torch.detach, Tensor.detach, Tensor.detach_):
             self._note("detach")
             return args[0].view_as(args[0])
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self._note(func.__name__)  # nothing comes through these
+            return func(args[0].detach(), *args[1:], **kwargs)
         if func is Tensor.item:
             self._note("item")
             return args[0].reshape(())

@@ -12,7 +12,7 @@ from torchbp.graph.calling import name_of
 
 from .case import Options, report_of
 from .circumstances import is_wide, kinks_of, noise_of
-from .probe import Probe, as_tuple, real
+from .probe import Probe, as_tuple, nodes_of, real
 from .report import Cause, Report
 
 __all__ = ["double_backward", "forward_mode", "not_linear"]
@@ -84,7 +84,10 @@ def double_backward(probe: Probe, options: Options) -> Report | None:
     names = [*probe.all_names, *(f"upstream{n or ''}" for n in range(len(upstream)))]
     try:
         second = Probe(gradient, [*args, *upstream], options.eps, names)
-        analytic = second.vjp(second.upstream(5))
+        outputs = second.outputs()
+        if any("Error" in node.name() for node in nodes_of(outputs)):
+            return None  # once_differentiable
+        analytic = second.vjp(second.upstream(5), outputs)
     except (RuntimeError, NotImplementedError):
         return None  # it says so itself
     finally:

@@ -51,7 +51,8 @@ class Case:
 
     Attributes:
         points: the given inputs first; at each both Jacobians are finite.
-        kinks: of each input the elements of the Jacobian at the given inputs that are left out.
+        kinks: of each input the elements of the Jacobian at the given inputs that are left out;
+            they are zero on both sides.
     """
 
     probe: Probe
@@ -62,11 +63,11 @@ class Case:
     @classmethod
     def of(cls, probe: Probe, tolerance: Tolerance, first: Point, kinks: Sequence[Tensor]) -> Case:
         """With the other inputs at which the function can be run."""
-        analytic = [
-            torch.where(kink, n, a)
-            for kink, a, n in zip(kinks, first.analytic, first.numeric, strict=True)
-        ]
-        points = [Point(first.values, analytic, first.numeric, first.missing)]
+        analytic, numeric = (
+            [m.masked_fill(kink, 0) for kink, m in zip(kinks, side, strict=True)]
+            for side in (first.analytic, first.numeric)
+        )
+        points = [Point(first.values, analytic, numeric, first.missing)]
         for values in probe.other_values():
             try:
                 point = probe.point(values)
@@ -76,6 +77,11 @@ class Case:
             if point.finite and not _noisy(probe, tolerance, point):
                 points.append(point)
         return cls(probe, tolerance, points, kinks)
+
+    @property
+    def smooth(self) -> Sequence[Point]:
+        """The points at which no element is left out."""
+        return self.points[1:] if any(bool(kink.any()) for kink in self.kinks) else self.points
 
     @property
     def bad(self) -> list[int]:

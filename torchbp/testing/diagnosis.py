@@ -30,7 +30,7 @@ from .circumstances import (
     unsteady_forward,
     upstream_ignored,
 )
-from .hypotheses import hypotheses
+from .hypotheses import hypotheses, patterns
 from .probe import Call, Point, Probe, calls_of
 from .report import Cause, Report, unique
 from .shapes import mended
@@ -196,11 +196,7 @@ def _of_input(case: Case, call: Call | None, i: int) -> list[Cause]:
     found = hypotheses(case, i)
     if call is not None:
         found += slips(case, call, i)
-    if not found and (term := missing(case, i)) is not None:
-        found = [term]
-    # A mask that only looks wrong is the last resort.
-    found.sort(key=lambda cause: cause.name == "wrong-mask")
-    return unique(found)
+    return unique(found or patterns(case, i) or missing(case, i))
 
 
 def _call(probe: Probe) -> Call | None:

@@ -4,7 +4,7 @@ undone passes, at the given inputs and at others."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,14 +17,23 @@ from .case import Case
 from .probe import Probe
 from .report import Cause
 
-__all__ = ["hypotheses"]
+__all__ = ["hypotheses", "patterns"]
 
 Hypothesis = Callable[[Case, int], Cause | None]
 
 
 def hypotheses(case: Case, i: int) -> list[Cause]:
-    """All causes that hold for the gradient of input `i`."""
-    found = (hypothesis(case, i) for hypothesis in _ALL)
+    """All causes that hold for the gradient of input `i`, best first."""
+    return _holding(_FIRST, case, i)
+
+
+def patterns(case: Case, i: int) -> list[Cause]:
+    """Those that fit whatever has elements in the wrong places: for where no other holds."""
+    return _holding((overwritten, mask), case, i)
+
+
+def _holding(tried: Sequence[Hypothesis], case: Case, i: int) -> list[Cause]:
+    found = (hypothesis(case, i) for hypothesis in tried)
     return [cause for cause in found if cause is not None]
 
 
@@ -330,7 +339,7 @@ def _other_branch(case: Case, a: Tensor, n: Tensor) -> bool:
     return all(bool(torch.isclose(slopes, v, rtol=1e-4, atol=1e-5).any()) for v in wrong)
 
 
-_ALL: tuple[Hypothesis, ...] = (
+_FIRST: tuple[Hypothesis, ...] = (
     swapped,
     scaled,
     transposed,
@@ -338,6 +347,4 @@ _ALL: tuple[Hypothesis, ...] = (
     wrong_input,
     cut,
     of_outputs,
-    overwritten,
-    mask,
 )

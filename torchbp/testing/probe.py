@@ -280,8 +280,15 @@ class Probe:
                     like.device, like.dtype
                 )
 
-            if seed < 3:
-                yield [x * (0.6 + 0.7 * draw(x, torch.rand)) for x in self.start]
+            if seed < 3:  # zeros are moved too: kinks are there
+                yield [
+                    torch.where(
+                        x.abs() < 1e-3,
+                        0.1 + draw(x, torch.rand),
+                        x * (0.6 + 0.7 * draw(x, torch.rand)),
+                    )
+                    for x in self.start
+                ]
             else:
                 yield [x + 0.5 * draw(x, torch.randn) for x in self.start]
 

@@ -132,10 +132,10 @@ def slips(case: Case, call: Call, i: int) -> list[Cause]:
 
 def _right(case: Case, opened: Probe, i: int) -> bool:
     """Whether autograd through the opened forward gives what the differences do."""
-    if opened.size != case.probe.size:
+    if opened.size != case.probe.size or not case.smooth:
         return False
     upstream = opened.upstream(0)
-    for point in case.points:
+    for point in case.smooth:
         grad = _gradient(opened, point.values, upstream, None)
         if grad is None or not case.tolerance.fits(grad[i], upstream @ point.numeric[i]):
             return False
@@ -168,7 +168,7 @@ def _candidates(met: Sequence[_Met]) -> Iterator[_Slip]:
 
 def _explains(case: Case, opened: Probe, slip: _Slip, i: int) -> bool:
     """Whether the slip gives what the backward gives: both by autograd, so to rounding."""
-    for seed, point in enumerate(case.points):
+    for seed, point in enumerate(case.smooth):
         upstream = opened.upstream(seed)
         grad = _gradient(opened, point.values, upstream, slip)
         if grad is None:

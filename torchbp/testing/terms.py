@@ -37,7 +37,7 @@ _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def missing(case: Case, i: int) -> Cause | None:
+def missing(case: Case, i: int) -> list[Cause]:
     """A factor, or a summand of the diagonal, with which the gradient of input `i` passes."""
     name = case.probe.names[i]
     outputs = []
@@ -54,21 +54,25 @@ def missing(case: Case, i: int) -> Cause | None:
             shaped = [t[:, None] if along_rows else t for t in terms]
             said = expression.format(u=text)
             if case.everywhere([a * t for (a, _), t in zip(pairs, shaped, strict=True)], i):
-                return Cause(
-                    "missing-term",
-                    f"the gradient of {name} lacks the factor {said}; with it it passes",
-                )
+                return [
+                    Cause(
+                        "missing-term",
+                        f"the gradient of {name} lacks the factor {said}; with it it passes",
+                    )
+                ]
             if any(a.shape[0] != a.shape[1] for a, _ in pairs):
                 continue
             for sign, word in ((1, "+"), (-1, "-")):
                 sums = [a + sign * torch.diag(t) for (a, _), t in zip(pairs, terms, strict=True)]
                 if case.everywhere(sums, i):
-                    return Cause(
-                        "missing-term",
-                        f"the gradient of {name} lacks the term {word} {said}, times the upstream; "
-                        "with it it passes",
-                    )
-    return None
+                    return [
+                        Cause(
+                            "missing-term",
+                            f"the gradient of {name} lacks the term {word} {said}, times "
+                            "the upstream; with it it passes",
+                        )
+                    ]
+    return []
 
 
 def _numbers(case: Case, outputs: list[Tensor], i: int) -> Iterator[tuple[str, list[Tensor], bool]]:

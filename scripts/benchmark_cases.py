@@ -30,12 +30,13 @@ Outputs = dict[str, npt.NDArray[Any]]
 Mark = Callable[[str], None]
 
 OURS, TORCH, COMPILE, JAX = "torchbp", "torch", "torch.compile", "jax"
+EMPTY = "empty Functions"
 #: Contestants of some cases only -> the library that they belong to.
 EXTRAS = {
     "torch in float32": TORCH,
     "torch, shift too": TORCH,
     "torch, our loader": TORCH,
-    "empty Functions": TORCH,
+    EMPTY: TORCH,
     "torch, DataLoader": TORCH,
     "jax, not waiting": JAX,
 }
@@ -238,7 +239,7 @@ def cross_entropy(name: str, rows: int, classes: int, **rest: Any) -> Case:
         lambda: mean_cross_entropy,
         [logits],
         [targets],
-        extras={"empty Functions": nothing_computed},
+        extras={EMPTY: nothing_computed},
         floor=Floor(traffic=[(3 * size, size)]),  # read; read again and write the gradient
         **rest,
     )
@@ -597,7 +598,7 @@ def steps(
     if fused:
         contestants[OURS] = lambda: fused_steps(sizes, batches)
     else:
-        contestants["empty Functions"] = lambda: empty_steps(sizes, batches)
+        contestants[EMPTY] = lambda: empty_steps(sizes, batches)
     if count == 1:
         contestants["jax, not waiting"] = lambda: jax_steps(sizes, batches, wait=False)
     size = 4 * sum(a * b + b for a, b in pairwise(sizes))

@@ -192,7 +192,9 @@ def chart(data: dict[str, Any]) -> Figure:
     Raises:
         ValueError: there is nothing to draw.
     """
-    results = [r for r in condensed(data["results"]) if len(r["contestants"]) > 1]
+    # A trace does more than forward and backward alone, and runs no race with them.
+    races = (r for r in condensed(data["results"]) if r["case"] != "trace")
+    results = [r for r in races if len(r["contestants"]) > 1]
     if not results:
         raise ValueError("chart: there are no ratios in the results")
     threads = max(result["threads"] for result in results)

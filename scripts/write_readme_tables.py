@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
-from scripts.benchmark_cases import EXTRAS, OURS
+from scripts.benchmark_cases import EMPTY, EXTRAS, OURS
 from scripts.benchmark_report import PEERS, condensed, disturbance, duration, times
 from torchbp import ROWS, functions
 from torchbp.functions.gate import GATES
@@ -111,7 +111,10 @@ def benchmark_table() -> str:
 
 
 def time_cells(result: dict[str, Any]) -> list[str]:
-    """The cells of a case: our time, those of the others with their ratios, the floor's share."""
+    """The cells of a case: our time, those of the others with their ratios, the floor's share.
+
+    Functions that compute nothing are no peer; docs/performance.md tells of them.
+    """
     ran = result["contestants"]
     ours = ran[OURS]["seconds"]
 
@@ -122,7 +125,7 @@ def time_cells(result: dict[str, Any]) -> list[str]:
     cells = []
     for peer in PEERS:
         said = [time(peer)] if peer in ran else []
-        also = [name for name, library in EXTRAS.items() if library == peer]
+        also = [name for name, library in EXTRAS.items() if library == peer and name != EMPTY]
         said += [f"{name}: {time(name)}" for name in also if name in ran]
         cells.append("<br>".join(said))
     name, _, rest = result["case"].partition(" ")

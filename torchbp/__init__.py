@@ -7,7 +7,7 @@ holds the `torch.autograd.Function` classes, `torchbp.functional` and `torchbp.n
 
 from __future__ import annotations
 
-from . import functional, functions, graph, nn, optim
+from . import functional, functions, graph, nn, optim, testing
 from .convert import convert
 from .functions.table import ROWS, cpu_level
 from .optim import compile_step
@@ -24,4 +24,5 @@ __all__ = [
     "graph",
     "nn",
     "optim",
+    "testing",
 ]

@@ -164,7 +164,6 @@ def _pattern(result: Any) -> str:
         return "_"
     if isinstance(result, Var):
         return result.name
-    inside = ", ".join(_pattern(v) for v in result)
     nested = [f"({_pattern(v)})" if isinstance(v, (tuple, list)) else _pattern(v) for v in result]
     inside = ", ".join(nested)
     return f"{inside}," if len(nested) == 1 else inside

@@ -310,11 +310,17 @@ class Steps:
 # ---- what is drawn
 
 
-def heat_map(held: Held, most: tuple[float, float] = _MAP) -> tuple[str, float, float]:
+def heat_map(
+    held: Held,
+    most: tuple[float, float] = _MAP,
+    largest: float = 10.0,
+    top: float | None = None,
+) -> tuple[str, float, float]:
     """A heat map as a data URI, with the width and height to show it in.
 
     A row of the picture is one along the last dimension; of a large tensor the sample is shown, in
-    four rows. Blue is positive, orange negative, the stronger the larger; nan is purple.
+    four rows. Blue is positive, orange negative, the stronger the larger; nan is purple. A cell is
+    `largest` wide at most; the strongest colour is that of `top`, or of the largest number.
     """
     values = held.sample if held.tensor is None else held.tensor
     values = values.abs() if values.is_complex() else values
@@ -331,13 +337,14 @@ def heat_map(held: Held, most: tuple[float, float] = _MAP) -> tuple[str, float, 
             grid = grid.index_select(dim, chosen)
     rows, columns = grid.shape
     finite = grid[grid.isfinite()]
-    top = float(finite.abs().max()) if finite.numel() else 0.0
+    if top is None:
+        top = float(finite.abs().max()) if finite.numel() else 0.0
     strength = (grid.abs() / (top or 1.0)).clamp(0, 1).nan_to_num(nan=1.0)
     picture = torch.zeros(rows, columns, 4, dtype=torch.uint8)
     for colour, mask in ((_PLUS, grid > 0), (_MINUS, grid < 0), (_NAN, grid.isnan())):
         picture[..., :3][mask] = torch.tensor(colour, dtype=torch.uint8)
     picture[..., 3] = (255 * strength).round().to(torch.uint8)
-    cell = min(most[0] / columns, most[1] / rows, 10.0)
+    cell = min(most[0] / columns, most[1] / rows, largest)
     width, height = max(columns * cell, 8.0), max(rows * cell, 5.0)
     return "data:image/png;base64," + _png(picture), width, height
 

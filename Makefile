@@ -39,10 +39,10 @@ EDITABLE := $(call stamp,editable,$(PACKAGES),setup.py pyproject.toml torchbp/ve
 check    = $(call stop,$(shell sh scripts/check_environment $(1)))
 stop     = $(if $(1),$(error $(1)))
 
-.PHONY: help build train test bench lint format lock clean distclean torch-imports
+.PHONY: help build train test bench reliability lint format lock clean distclean torch-imports
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@printf '\nVariables: %s\n' 'PYTHON=$(PYTHON)  TORCH=$(TORCH)  CXX=$(CXX)  ARGS=  PYTEST_ARGS='
 
 build: $(BUILD) $(EDITABLE)  ## create .venv, install what is pinned, build the extension
@@ -55,6 +55,9 @@ test: lint build  ## lint, build, then every test: make test PYTEST_ARGS="-k rel
 
 bench: build $(BENCH)  ## install JAX, time everything against it and torch: make bench ARGS="--case loop"
 	@$(BIN)/python scripts/benchmark.py $(ARGS)
+
+reliability: build  ## measure how far it can be relied on (hours; goes on where it stopped), write RELIABILITY.md
+	@$(BIN)/python scripts/reliability.py $(ARGS)
 
 lint: $(PACKAGES)  ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet --output-format concise

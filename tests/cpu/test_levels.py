@@ -12,21 +12,9 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.machine import LEVELS, cpu_flags, free_memory
 
 ROOT = Path(__file__).parents[2]
-LEVELS = {
-    "baseline": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
-
-
-def cpu_flags() -> set[str]:
-    """What the machine has, according to Linux."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.split(":")[1].split())
-    return set()
 
 
 def run_python(*arguments: str, level: str) -> subprocess.CompletedProcess[str]:
@@ -72,14 +60,6 @@ def test_unknown_level() -> None:
 # ---- more than 2^31 elements ---------------------------------------------------------------------
 
 HUGE = 2**31 + 8
-
-
-def free_memory() -> int:
-    """Bytes that may be allocated without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 @pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GB of free memory")

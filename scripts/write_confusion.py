@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.write_readme_tables import table, write_or_check  # noqa: E402
 from tests.testing.confusion import examined, report_of  # noqa: E402
 from tests.testing.zoo import ZOO  # noqa: E402
 from torchbp.testing import CAUSES  # noqa: E402
@@ -43,14 +44,14 @@ def page() -> str:
             "## Causes",
             "Each is claimed only if it was tested: with the fault undone the gradient passes, at "
             "the given inputs and at others.",
-            _table(["`err.report.cause`", "meaning"], [[f"`{n}`", t] for n, t in CAUSES.items()]),
+            table(["`err.report.cause`", "meaning"], [[f"`{n}`", t] for n, t in CAUSES.items()]),
             "## Fault against diagnosis",
             f"{right} of the {len(ZOO)} broken gradients of `tests/testing/zoo.py` get their name, "
             f"and {passed} pass. Rows are faults, columns what is said first; the numbers are "
             "counts.",
             _matrix(found),
             "## The zoo",
-            _table(
+            table(
                 ["broken gradient", "fault", "diagnosis"],
                 [
                     [name, f"`{animal.fault}`", f"`{found[name]}`"]
@@ -71,12 +72,7 @@ def _matrix(found: dict[str, str]) -> str:
         for number, fault in enumerate(faults, 1)
     ]
     others = [f"{n}. `{c}`" for n, c in enumerate(said, 1) if c not in faults]
-    return _table(heads, rows) + ("\n\nColumns " + ", ".join(others) if others else "")
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(heads, rows) + ("\n\nColumns " + ", ".join(others) if others else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,13 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 on drift")
     options = parser.parse_args(arguments)
     wanted = page()
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == wanted:
-        return 0
-    if options.check:
-        print(f"{PAGE} is out of date: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, wanted, Path(__file__).name, options.check)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 from scripts.benchmark_cases import EMPTY, OURS
 from scripts.benchmark_report import GOAL_THREADS, PEERS, condensed, duration, reached, times
-from scripts.write_readme_tables import code, table, time_cells
+from scripts.write_readme_tables import code, table, time_cells, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -166,13 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ("benchmark.json", "profile.json")
     data, profiles = (json.loads((ROOT / "docs" / name).read_bytes()) for name in names)
     wanted = page(data, profiles)
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == wanted:
-        return 0
-    if options.check:
-        print(f"{PAGE} is not what docs/*.json say: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, wanted, Path(__file__).name, options.check)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_or_check(path: Path, wanted: str, script: str, check: bool) -> int:
+    """Write a generated file if it is not as wanted; with `check`, say so instead.
+
+    Returns:
+        the exit status: 1 if `check` found it out of date.
+    """
+    if path.exists() and path.read_text(encoding="utf-8") == wanted:
+        return 0
+    if check:
+        print(f"{path} is out of date: run scripts/{script}", file=sys.stderr)
+        return 1
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
 def code(text: str) -> str:
     """Text as code inside a table, where a | would end the cell."""
     return f"`{text}`".replace("|", r"\|")
@@ -220,15 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{options.readme}: {error}", file=sys.stderr)
         return 1
-    if wanted == text:
-        return 0
-    if options.check:
-        print(
-            f"{options.readme} is out of date: run scripts/write_readme_tables.py", file=sys.stderr
-        )
-        return 1
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    return write_or_check(options.readme, wanted, Path(__file__).name, options.check)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tests.ops import (
     maxout_case,
     mlp_case,
 )
+from torchbp.graph.text import dtype_name
 
 __all__ = ["Determinism"]
 
@@ -84,7 +85,7 @@ class Determinism(Figure):
     def pieces(self, fraction: float = 1.0) -> list[Piece]:
         calls = max(2 * len(THREADS), round(REPEATS * fraction))
         return [
-            {"op": op, "dtype": str(dtype)[6:], "level": level, "calls": calls}
+            {"op": op, "dtype": dtype_name(dtype), "level": level, "calls": calls}
             for level in levels()
             for op in OPS
             for dtype in DTYPES

@@ -16,6 +16,7 @@ from scripts.reliability_determinism import same_bits
 from scripts.reliability_frame import Figure, Measured, Piece, Result
 from scripts.write_readme_tables import code, table
 from tests.ops import DTYPES
+from torchbp.graph.text import dtype_name
 
 __all__ = ["Malformed"]
 
@@ -157,7 +158,7 @@ MALFORMED: dict[str, Call] = {
 
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"<{str(value.dtype)[6:]} {list(value.shape)}>"
+        return f"<{dtype_name(value.dtype)} {list(value.shape)}>"
     if isinstance(value, list):
         return f"[{', '.join(map(describe, value))}]"
     return repr(value)[:40]
@@ -206,7 +207,9 @@ class Malformed(Figure):
             before = call.function(**right).detach()
             bad = draw.choice(list(call.wrong))
             value = draw.choice(call.wrong[bad])(draw, dtype)
-            about = f"{call.op} in {str(dtype)[6:]}, seed {piece['seed']}: {bad}={describe(value)}"
+            about = (
+                f"{call.op} in {dtype_name(dtype)}, seed {piece['seed']}: {bad}={describe(value)}"
+            )
             try:
                 call.function(**{**right, bad: value})
             except (TypeError, ValueError, IndexError, RuntimeError) as error:

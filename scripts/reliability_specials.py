@@ -15,6 +15,7 @@ from scripts.reliability_frame import Figure, Measured, Piece, Result
 from scripts.write_readme_tables import code, table
 from tests.compare import ulps_off
 from tests.ops import DTYPES, OPS, Case
+from torchbp.graph.text import dtype_name
 
 __all__ = ["Specials"]
 
@@ -74,7 +75,7 @@ class Specials(Figure):
 
     def pieces(self, fraction: float = 1.0) -> list[Piece]:
         return [
-            {"call": call, "dtype": str(dtype)[6:], "level": level}
+            {"call": call, "dtype": dtype_name(dtype), "level": level}
             for level in levels()
             for call in CALLS
             for dtype in DTYPES

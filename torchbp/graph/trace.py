@@ -210,7 +210,7 @@ class _Recorder:
             number = _get_sequence_nr() - 1
             self.function = outermost
             slots = tuple(self.slot(value) for value in given)
-            self.functions.setdefault(number, (slots, _frames(outermost.f_back)))
+            self.functions.setdefault(number, (slots, frames_in(record, outermost.f_back)))
         return True
 
     def watch(self) -> _Watch:
@@ -389,7 +389,7 @@ class _Recorder:
             name = name.removesuffix(end)
         operation = canonical(name)
         given, frames = self.functions.get(_number_of(grad_fn), (None, []))
-        gate = self.new_gate(operation, _line_of(frames))
+        gate = self.new_gate(operation, line_of(frames))
         self.claim(gate, grad_fn)
         if given is not None:
             function = type(grad_fn)._forward_cls
@@ -818,8 +818,8 @@ class _Calls(TorchFunctionMode):
         if not changes:
             origins = [recorder.source_of(value) for value in arguments]
         recorder.fresh.clear()
-        frames = _frames(sys._getframe(1))
-        gate = recorder.call(name, _line_of(frames), arguments, origins, targets, results)
+        frames = frames_in(record, sys._getframe(1))
+        gate = recorder.call(name, line_of(frames), arguments, origins, targets, results)
         known = list(flat)
         for place, origin in zip(places, origins, strict=True):
             known[place] = Slot(*origin)
@@ -912,17 +912,17 @@ def _name_of(func: Any) -> str:
 _OWN = tuple(str(path) + os.sep for path in (torch.__path__[0], Path(__file__).parents[1]))
 
 
-def _frames(frame: FrameType | None) -> list[FrameType]:
-    """The traced code that is running, the innermost call first."""
+def frames_in(caller: Function, frame: FrameType | None) -> list[FrameType]:
+    """The code of others that is running in a call by `caller`, the innermost call first."""
     frames = []
-    while frame is not None and frame.f_code is not record.__code__:
+    while frame is not None and frame.f_code is not caller.__code__:
         if not frame.f_code.co_filename.startswith(_OWN):
             frames.append(frame)
         frame = frame.f_back
     return frames
 
 
-def _line_of(frames: list[FrameType]) -> str | None:
+def line_of(frames: list[FrameType]) -> str | None:
     """File, line and text of the line that is running."""
     if not frames:
         return None

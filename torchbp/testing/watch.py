@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchbp.graph.text import dims
-from torchbp.graph.trace import _OWN, _line_of
+from torchbp.graph.trace import frames_in, line_of
 
 from .probe import Probe, as_tuple, functions_of, nodes_of, replaced, wanted_shapes
 from .report import Cause
@@ -142,17 +141,9 @@ class _FirstNotFinite(TorchDispatchMode):
         uninitialised = "empty" in func.__name__
         if self.found is None and finite and not uninitialised and not _finite(made):
             name = func.__name__.partition(".")[0]
-            line = _line_of(list(_frames_inside(sys._getframe(1))))
+            line = line_of(frames_in(Probe.outputs, sys._getframe(1)))
             self.found = f"{name}" + (f" ({_short(line)})" if line else "")
         return made
-
-
-def _frames_inside(frame: FrameType | None) -> Iterator[FrameType]:
-    """The checked function's own code that is running, the innermost call first."""
-    while frame is not None and frame.f_code is not Probe.outputs.__code__:
-        if not frame.f_code.co_filename.startswith(_OWN):
-            yield frame
-        frame = frame.f_back
 
 
 def _short(line: str) -> str:

@@ -24,6 +24,7 @@ from torch.overrides import resolve_name
 from ..functions import check
 from ..functions.gate import GATES
 from ..functions.table import ROWS, Row
+from .operations import canonical, pattern_of
 
 if TYPE_CHECKING:
     from .html import Html
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from .svg import Svg
 
 __all__ = ["ComputationalGraph", "Node"]
-
-#: What the lecture calls a gate, for what it does to the gradient.
-_PATTERNS = {"add": "distributor", "multiply": "swap multiplier", "maximum": "router"}
 
 #: The largest exponent of `node ** exponent`, which is that many factors.
 _MAX_EXPONENT = 8
@@ -124,7 +122,8 @@ class Node:
         "distributor" (add), "swap multiplier" (multiply), "router" (maximum); "adder" for a node
         with several uses, whose gradients add up; "distributor and adder" if it is both.
         """
-        pattern = _PATTERNS.get(self.operation or "")
+        two = len(self._operands) == 2  # gates of one operand have names only in a ledger
+        pattern = pattern_of(canonical(self.operation or ""), 2) if two else None
         names = [] if pattern is None else [pattern]
         if self.graph._uses[self.name] > 1:
             names.append("adder")

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ..functions.gate import GATES
 from .computational_graph import ComputationalGraph
+from .flat import TWINS
 from .ledger import Edge, Held, Ledger, Node
 from .operations import canonical, pattern_of
 from .recording import Call, Recording, Slot
 
 __all__ = ["ledger"]
-
-#: The functions that rows are, where torch has them by another name.
-_CALLED: dict[str, Any] = {
-    "multiply": torch.mul,
-    "scale": torch.mul,
-    "shift": torch.add,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-}
 
 
 def ledger(graph: ComputationalGraph) -> Ledger:
@@ -63,7 +54,7 @@ def ledger(graph: ComputationalGraph) -> Ledger:
             found.edges.append(edge)
             found.nodes[edge.source].uses += 1
         calls[number] = Call(
-            _CALLED.get(given.operation) or getattr(torch, given.operation),
+            TWINS[GATES[given.operation].__name__],
             (
                 *(Slot(ids[operand.name], 0) for operand in given.inputs),
                 *(() if given.parameter is None else (given.parameter,)),

@@ -28,7 +28,7 @@ from .recording import Call, Slot
 from .text import dims
 from .trace import ones, record
 
-__all__ = ["FlatCode", "flat", "flat_code"]
+__all__ = ["TWINS", "FlatCode", "flat", "flat_code"]
 
 #: One line of the code: its text, the name of the ledger's node, and "forward" or "backward".
 Line = tuple[str, str | None, str | None]
@@ -117,7 +117,7 @@ def flat_code(ledger: Ledger) -> FlatCode:
 # ---- what is to be written
 
 #: Functions of torchbp by the functions of PyTorch that compute the same.
-_TWINS: dict[str, Callable[..., Any]] = {
+TWINS: dict[str, Callable[..., Any]] = {
     "Add": torch.add, "Multiply": torch.mul, "Maximum": torch.maximum, "Exp": torch.exp,
     "Reciprocal": torch.reciprocal, "Scale": torch.mul, "Shift": torch.add, "ReLU": torch.relu,
     "LeakyReLU": torch.nn.functional.leaky_relu, "ELU": torch.nn.functional.elu,
@@ -256,8 +256,8 @@ class _Program:
         name = function.__name__
         if function.__module__.startswith("torchbp.functions."):
             y = result[0] if isinstance(result, tuple) else result
-            if name in _TWINS:
-                self.simple(node.name, _TWINS[name], args, y)
+            if name in TWINS:
+                self.simple(node.name, TWINS[name], args, y)
                 return
             if name in ("Linear", "MLP", "Maxout", "L2Penalty", "SoftmaxCE"):
                 getattr(self, f"add_{name.lower()}")(node.name, y, *args)
@@ -292,7 +292,7 @@ class _Program:
             self.simple(node, linear, given, y)
             return
         z = self.step(node, "z", y.shape, linear, *given)
-        self.simple(node, _TWINS[gate.__name__], (z, *ACTIVATIONS[activation].parameter), y)
+        self.simple(node, TWINS[gate.__name__], (z, *ACTIVATIONS[activation].parameter), y)
 
     def add_mlp(
         self, node: str, y: Var, x: Var, layers: int, activation: str, *parameters: Var

@@ -10,7 +10,9 @@
 //   saves     what forward keeps for backward: its input x, its output y, its two inputs, or nothing
 //
 // NaN must propagate, so a row says where(x < 0, 0, x) and not max(0, x); comparisons stand as PyTorch has them, so
-// that NaN and ties take the same branch. To add a gate see CONTRIBUTING.md.
+// that NaN and ties take the same branch. Of two spellings the one that rounds better: sigmoid is e - e q below 0 and
+// 1 - q above, with e = exp(-|x|) and q = e / (1 + e), which rounds y once where e / (1 + e) rounds it twice; and
+// (1 - y) (1 + y) keeps the digits that 1 - y^2 loses near y = 1. To add a gate see CONTRIBUTING.md.
 #pragma once
 
 // clang-format off
@@ -24,8 +26,8 @@
     ROW(relu,       none,           where(x < 0, 0, x),                       y,       where(y <= 0, 0, dy),                          0) \
     ROW(leaky_relu, negative_slope, where(x > 0, x, negative_slope * x),      x,       where(x > 0, dy, negative_slope * dy),         0) \
     ROW(elu,        alpha,          where(x <= 0, alpha * expm1(x), x),       x,       where(x > 0, dy, dy * alpha * exp(x)),         where(x > 0, 0, dy * alpha * exp(x))) \
-    ROW(sigmoid,    none,           where(x < 0, exp(-abs(x)), 1) / (1 + exp(-abs(x))), y,     dy * ((1 - y) * y),                            dy * (1 - 2 * y)) \
-    ROW(tanh,       none,           tanh(x),                                  y,       dy * (1 - y * y),                              -2 * dy * y)
+    ROW(sigmoid,    none,           where(x < 0, exp(-abs(x)) - exp(-abs(x)) * (exp(-abs(x)) / (1 + exp(-abs(x)))), 1 - exp(-abs(x)) / (1 + exp(-abs(x)))), y, dy * ((1 - y) * y), dy * (1 - 2 * y)) \
+    ROW(tanh,       none,           tanh(x),                                  y,       dy * ((1 - y) * (1 + y)),                      -2 * dy * y)
 
 //      name        y = f(a, b)                            saves    da = dy * df/da                              db = dy * df/db                              second order: d(da)/da, d(da)/db = d(db)/da, d(db)/db
 #define TORCHBP_BINARY_GATES(ROW) \

@@ -14,6 +14,7 @@
 #include "activation.h"
 #include "check.h"
 #include "kernels.h"
+#include "text.h"
 
 namespace torchbp {
 
@@ -270,7 +271,7 @@ inline Tensor like_rows_of(const Tensor& x, const Tensor& rows) {
 // needs it, else empty.
 template <class Backend>
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                  std::string activation, double parameter) {
+                                  Text activation, double parameter) {
   check_linear("linear", x, weight, bias);
   const Activation f = activation_of("linear", activation);
   const Tensor rows = matrix(x);
@@ -295,8 +296,8 @@ std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const T
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                   const Tensor& saved, std::string activation, double parameter,
-                                                   bool need_x, bool need_weight, bool need_bias) {
+                                                   const Tensor& saved, Text activation, double parameter, bool need_x,
+                                                   bool need_weight, bool need_bias) {
   check_linear("linear_backward", x, weight, std::nullopt);
   check_like("linear_backward", "dy", dy, x);
   const Activation f = activation_of("linear_backward", activation);
@@ -316,8 +317,8 @@ inline void check_mlp(const char* op, const std::vector<Tensor>& weights, const 
 // A whole network: f between the layers, none after the last. Returns (y, saved...): of each hidden layer its output
 // h, and before it z where the gradient of f reads that.
 template <class Backend>
-std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                        std::string activation, double parameter) {
+std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, Text activation,
+                        double parameter) {
   check_mlp("mlp", weights, biases);
   const Activation f = activation_of("mlp", activation);
   std::vector<Tensor> result(1);
@@ -345,7 +346,7 @@ std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vecto
 // (dx, dweights..., dbiases...), empty where not asked for.
 template <class Backend>
 std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<Tensor> weights,
-                                 std::vector<Tensor> saved, std::string activation, double parameter, bool need_x,
+                                 std::vector<Tensor> saved, Text activation, double parameter, bool need_x,
                                  std::vector<int64_t> need_weights, std::vector<int64_t> need_biases) {
   const Activation f = activation_of("mlp_backward", activation);
   const size_t layers = weights.size(), per_layer = f.saves_x ? 2 : 1;

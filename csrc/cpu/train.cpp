@@ -221,8 +221,8 @@ std::shared_ptr<Trainer> trainer_of(int64_t number) {
   return found->second;
 }
 
-int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state, std::string activation,
-             double parameter, double label_smoothing, std::string rule, std::vector<int64_t> groups,
+int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state, Text activation,
+             double parameter, double label_smoothing, Text rule, std::vector<int64_t> groups,
              std::vector<int64_t> slots) {
   auto trainer =
       std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots);

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "../softmax_ce.h"
+#include "exponential.h"
 
 namespace torchbp::TORCHBP_LEVEL {
 
@@ -170,8 +171,7 @@ struct Lanes {
       TORCHBP_PARTS most.part[i] = x[c].part[i] > most.part[i] ? x[c].part[i] : most.part[i];
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     TORCHBP_PARTS shift.part[i] = most.part[i] == -std::numeric_limits<C>::infinity() ? Part{} : most.part[i];
-    for (int64_t c = 0; c < a.classes; ++c)
-      for (int k = 0; k < kLanes; ++k) p[c].numbers()[k] = exp_to_one(x[c].numbers()[k] - shift.numbers()[k]);
+    for (int64_t c = 0; c < a.classes; ++c) TORCHBP_PARTS p[c].part[i] = exp_to_one_of<C>(x[c].part[i] - shift.part[i]);
     sum = Vector{};
     add_over_classes(sum, [&](int64_t c, int i) -> Part { return p[c].part[i]; });
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../softmax_ce.h"
+#include "exponential.h"
 
 namespace torchbp::TORCHBP_LEVEL {
 
@@ -54,7 +55,7 @@ struct Piece {
       }
     }
     if (whole == n) return;
-    if (!held || std::is_same_v<T, C>) {
+    if (!held) {
       std::fill_n(x + whole, lanes, -std::numeric_limits<C>::infinity());
       load_n(x + whole, from + whole, n - whole);
     }
@@ -83,12 +84,20 @@ struct Piece {
     return all;
   }
 
-  // x = exp(piece - shift). Returns their sum.
-  TORCHBP_INLINE C exponentials(const T* from, int64_t n, bool held, C shift) {
+  // x = exp(piece - shift). Returns their sum. Meanwhile memory brings what is next: the numbers of the next row, and the
+  // lines that the gradient is written to.
+  TORCHBP_INLINE C exponentials(const T* from, int64_t n, bool held, C shift, const T* next, const T* to) {
     Vector s[4] = {};
     for_blocks(from, n, held, [&](const C* block, int64_t j) {
-      for (int64_t k = 0; k < lanes; ++k) x[j + k] = exp_to_one(block[k] - shift);
-      for (int i = 0; i < 4; ++i) s[i] += vector(x + j + i * width);
+      for (int64_t k = j; k < j + lanes; k += 64 / sizeof(T)) {
+        if (next) __builtin_prefetch(next + k);
+        if (to) __builtin_prefetch(to + k, 1);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const Vector y = exp_to_one_of<C>(vector(block + i * width) - shift);
+        memcpy(x + j + i * width, &y, sizeof(y));
+        s[i] += y;
+      }
     });
     const Vector all = (s[0] + s[1]) + (s[2] + s[3]);
     C sums[width];
@@ -121,19 +130,21 @@ struct ManyClasses {
     // A row of only -inf has no softmax: shifting by 0 then gives torch's nan instead of ours by -inf - -inf.
     shift = most == least ? C(0) : most;
     sum = 0;
-    for_pieces([&](int64_t first, int64_t n) { sum += piece.exponentials(x + first, n, is_one(), shift); });
+    const T* const next = is_one() ? x + a.classes : nullptr;
+    const T* const to = is_one() && a.grad_input ? gradient_of(x) : nullptr;
+    for_pieces([&](int64_t first, int64_t n) { sum += piece.exponentials(x + first, n, is_one(), shift, next, to); });
   }
 
   // The gradient of the logits, after softmax() of that row.
   TORCHBP_INLINE void gradient(const Row<T>& row, C shift, double sum) {
-    T* const to = static_cast<T*>(a.grad_input) + row.i * a.classes;
+    T* const to = gradient_of(row.x);
     if (row.ignored() || !row.in_range()) {
       std::fill_n(to, a.classes, T(0));
       return;
     }
     const C g = row.upstream(), hot = g * row.onehot(), scale = g * row.mass(OneThread()) * static_cast<C>(1 / sum);
     for_pieces([&](int64_t first, int64_t n) {
-      if (!is_one()) piece.exponentials(row.x + first, n, false, shift);
+      if (!is_one()) piece.exponentials(row.x + first, n, false, shift, nullptr, to + first);
       const C* const p = piece.x;
       T* const dx = to + first;
       const auto soft = [&](int64_t j) { return g * (row.w(first + j) * row.soft(first + j)); };
@@ -152,6 +163,7 @@ struct ManyClasses {
 
 private:
   bool is_one() const { return a.classes <= piece.size; }
+  T* gradient_of(const T* x) const { return static_cast<T*>(a.grad_input) + (x - static_cast<const T*>(a.input)); }
 };
 
 }  // namespace torchbp::TORCHBP_LEVEL

@@ -150,6 +150,23 @@ def test_special_values(classes: int) -> None:
     )
 
 
+@pytest.mark.parametrize("classes", [10, 100, 1000, 5000])
+def test_exponentials_over_the_whole_range(classes: int) -> None:
+    """Each gradient off the target is exp(x - max) times a factor of its row, here that of class 1,
+    whose exponential is exactly 1. Within 3 ulps: 1.2 of the exponential count twice where the
+    product ends just below a power of two, and the product rounds.
+    """
+    input = -100 * torch.rand(1_000_000 // classes, classes)
+    input[:, :2] = 0
+    target = torch.zeros(len(input), dtype=torch.int64)
+    _, grad = loss_and_grad(F.cross_entropy, input, target, {"reduction": "sum"})
+    exact = input.double().exp() * grad[:, 1:2].double()
+    normal = (exact > torch.finfo(torch.float32).tiny) & (input > -87)
+    normal[:, 0] = False
+    assert_within_ulps(grad[normal], exact[normal], 3)
+    assert (grad[input < -88] == 0).all()
+
+
 def test_the_logarithm_of_whole_numbers() -> None:
     """log-sum-exp of n zeros: the sum is exact, and the logarithm within 1 ulp."""
     for classes in [*range(1, 300), 511, 512, 513, 1000, 4095, 4097, 65537]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,14 +18,22 @@ from torch.autograd import Function
 from torchbp.graph.calling import check_function as check_callable
 from torchbp.graph.calling import unchanged
 
-from .outcome import CheckFunctionError, FunctionReport, Row
+from .outcome import FunctionReport, Row
 from .rows import ROWS
 from .subject import Failed, NotApplicable, Settings, Subject, Unsupported, first_line
 
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["CHECKS", "check_function", "parametrize_checks"]
+__all__ = [
+    "CHECKS",
+    "check_function",
+    "chosen",
+    "parametrize_checks",
+    "rows_of",
+    "settings_of",
+    "those_required",
+]
 
 #: What is checked, by name, in the order in which it runs.
 CHECKS: dict[str, str] = {name: check.text for name, check in ROWS.items()}
@@ -105,15 +116,15 @@ def check_function(
         ...         return grad_output.mul_(2)
         >>> found = check_function(Double, torch.randn(3), raise_exception=False)
         >>> [row.name for row in found.failed]
-        ['gradient', 'expanded', 'mutation']
+        ['gradient', 'mutation']
         >>> found["mutation"].text
         'backward changes the upstream gradient in place'
         >>> found["vmap"].status
         'not supported'
     """
-    names = _chosen("check_function", checks, skip)
-    required = _required("check_function", require)
-    settings = _settings(
+    names = chosen("check_function", checks, skip)
+    required = those_required("check_function", require)
+    settings = settings_of(
         "check_function", fn, reference,
         atol, rtol, nondet_tol, kinks, seed, backend, max_time, max_memory,
     )  # fmt: skip
@@ -138,8 +149,7 @@ def rows_of(subject: Subject, names: Iterable[str], required: frozenset[str]) ->
 def _checked(subject: Subject, name: str) -> Row:
     check = ROWS[name]
     try:
-        with unchanged(subject.fn, subject.args), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unchanged(subject.fn, subject.args), _quiet():
             text = check.run(subject)
     except NotApplicable as error:
         return Row(name, "not applicable", str(error))
@@ -156,6 +166,19 @@ def _checked(subject: Subject, name: str) -> Row:
         and (subject.settings.max_time if name == "speed" else subject.settings.max_memory) is None
     )
     return Row(name, "measured" if measured else "passed", text or "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says beside its errors, compilers above all."""
+    before, heard = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(heard), redirect_stderr(heard):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _refuses(error: Exception) -> bool:
@@ -182,19 +205,21 @@ def _names(op: str, argument: str, names: Iterable[str]) -> list[str]:
     return given
 
 
-def _chosen(op: str, checks: Iterable[str] | None, skip: Iterable[str]) -> list[str]:
+def chosen(op: str, checks: Iterable[str] | None, skip: Iterable[str]) -> list[str]:
+    """The names of the checks that run, in their order."""
     wanted = ROWS if checks is None else _names(op, "checks", checks)
     left_out = _names(op, "skip", skip)
     return [name for name in ROWS if name in wanted and name not in left_out]
 
 
-def _required(op: str, require: Iterable[str] | bool) -> frozenset[str]:
+def those_required(op: str, require: Iterable[str] | bool) -> frozenset[str]:
+    """The names of the features that have to be supported."""
     if isinstance(require, bool):
         return frozenset(ROWS if require else ())
     return frozenset(_names(op, "require", require))
 
 
-def _settings(
+def settings_of(
     op: str,
     fn: Any,
     reference: Any,
@@ -207,6 +232,7 @@ def _settings(
     max_time: float | None,
     max_memory: float | None,
 ) -> Settings:
+    """The options, if they are good."""
     if not (isinstance(fn, type) and issubclass(fn, Function)):
         check_callable(op, fn)
     if reference is not None and not callable(reference):
@@ -262,8 +288,8 @@ def parametrize_checks(
     """
     import pytest
 
-    names = _chosen("parametrize_checks", checks, skip)
-    required = _required("parametrize_checks", require)
+    names = chosen("parametrize_checks", checks, skip)
+    required = those_required("parametrize_checks", require)
 
     def runs(name: str) -> Callable[[], FunctionReport]:
         def check() -> FunctionReport:

@@ -30,13 +30,14 @@ __all__ = [
     "Subject",
     "Unsupported",
     "difference",
-    "first_line",
     "drawn",
+    "first_line",
     "is_number",
     "outputs_in",
     "plainly",
     "run",
     "upstream_of",
+    "widened",
 ]
 
 Tensors = Sequence[Tensor | None]
@@ -224,7 +225,7 @@ class Subject:
                     f"list or dict of them, got {type(made).__name__}"
                 )
         self.narrow: str | None = None
-        self.args = tuple(map(_widened, self.given))
+        self.args = tuple(map(widened, self.given))
         if any(isinstance(x, Tensor) and x.dtype is not y.dtype for x, y in self._pairs()):
             try:
                 with unchanged(self.fn, self.args):
@@ -353,7 +354,7 @@ class Subject:
         pairs = zip(
             [*got.outputs, *got.grads], [*wanted.outputs, *wanted.grads], names, strict=True
         )
-        limits = allowed or [self.tolerance] * len(names)
+        limits: Sequence[Tensor | Tolerance] = allowed or [self.tolerance] * len(names)
         found = [
             difference(name, one, other, limit)
             for (one, other, name), limit in zip(pairs, limits, strict=True)
@@ -375,8 +376,8 @@ def _functional(module: Module, names: Sequence[str], parameters: Sequence[str])
     from torch.func import functional_call
 
     count = len(names)
-    held = {n: p for n, p in module.named_parameters() if n not in parameters}
-    held |= dict(module.named_buffers())
+    held: dict[str, Tensor] = dict(module.named_buffers())
+    held |= {n: p for n, p in module.named_parameters() if n not in parameters}
 
     def call(*args: Any) -> Any:
         like = next((x for x in args if is_number(x)), None)
@@ -417,7 +418,8 @@ def _copy(value: Any) -> Any:
     return value.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """A tensor in float64 or complex128; all else as it is."""
     if not is_number(value):
         return value
     return value.to(torch.complex128 if value.is_complex() else torch.float64)

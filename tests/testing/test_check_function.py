@@ -411,7 +411,7 @@ def test_runs_as_a_command(folder: Path) -> None:
 def test_exit_status_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = "--checks", "gradient,reference,vmap"
     scaled = "own_ops:scaled", "3", "-2.0"
-    assert main([*scaled, *quick, "--require", "all", "--html", "table.html"]) == 1
+    assert main([*scaled, *quick, "--require", "all", "--html", "table.html"]) == 0
     assert "gradient" in (folder / "table.html").read_text()
     capsys.readouterr()
     assert main([*scaled, *quick, "--reference", "torch:mul", "--seed", "3"]) == 0

@@ -224,6 +224,7 @@ class Subject:
                     f"check_function: {self.name} wants to return a floating tensor, or a tuple, "
                     f"list or dict of them, got {type(made).__name__}"
                 )
+        self._nested = not all(isinstance(y, Tensor) for y in as_tuple(made))
         self.narrow: str | None = None
         self.args = tuple(map(widened, self.given))
         if any(isinstance(x, Tensor) and x.dtype is not y.dtype for x, y in self._pairs()):
@@ -302,16 +303,18 @@ class Subject:
 
     @property
     def seeded(self) -> Callable[..., Any]:
-        """The function, drawing the same random numbers in each call if it draws any."""
-        if not self.is_random:
+        """The function as gradcheck takes it: it returns tensors, and the same in each call."""
+        if not self.is_random and not self._nested:
             return self.fn
-        fn, seed = self.fn, self.settings.seed
+        fn, seed, is_random = self.fn, self.settings.seed, self.is_random
 
         def seeded(*args: Any) -> Any:
-            torch.manual_seed(seed)
-            return fn(*args)
+            if is_random:
+                torch.manual_seed(seed)
+            return tuple(outputs_in(fn(*args)))
 
         seeded.__name__ = self.name
+        _named(seeded, self.names)
         return seeded
 
     def run(
@@ -392,13 +395,18 @@ def _functional(module: Module, names: Sequence[str], parameters: Sequence[str])
         )
 
     call.__name__ = type(module).__name__
-    called = [re.sub(r"^(?=\d)|\W", "_", name) for name in (*names, *parameters)]
+    _named(call, [*names, *parameters])
+    return call
+
+
+def _named(call: Callable[..., Any], names: Sequence[str]) -> None:
+    """Give a function's arguments their names, for messages; "0.weight" is none in Python."""
+    called = [re.sub(r"^(?=\d)|\W", "_", name) for name in names]
     if len(set(called)) == len(called):
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(name, kind) for name in called]
         )
-    return call
 
 
 @contextmanager

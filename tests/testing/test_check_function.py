@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import torchbp.nn
+from scripts import write_check_function
 from tests.ops import OPS, Case
 from tests.testing.broken import BROKEN, FUNC, OldExp, Product, Sine
+from tests.testing.wild import GradientReversal
 from torchbp.testing import (
     CHECKS,
     CheckFunctionError,
@@ -66,13 +68,36 @@ def test_each_check_has_a_fault() -> None:
 # ---- no false alarm
 
 
-@pytest.mark.parametrize("fn", [Sine, Product], ids=lambda fn: fn.__name__)
-def test_all_is_found_where_all_is_there(fn: Any) -> None:
-    report = report_of(fn, torch.randn(3, 4), *([torch.randn(())] if fn is Product else []))
+def test_all_is_found_where_all_is_there() -> None:
+    report = report_of(Sine, torch.randn(3, 4))
     assert names(report, "failed") == set()
     # torch.compile's fullgraph takes no Function with a jvp.
     assert names(report, "not supported") <= {"compile", "compile-func"}
     assert names(report, "not applicable") == {"opcheck", "reference", "speed", "memory"}
+    two = report_of(Product, torch.randn(3, 4), torch.randn(()), skip=COMPILED)
+    assert names(two, "failed") | names(two, "not supported") == set()
+
+
+NO_FAULT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "a step, whose gradient is zero": (torch.sgn, (3, 4)),
+    "a gradient too large for float16": (lambda x: x.abs().mul(300).square(), (3, 4)),
+    "an exponential too large for it": (lambda x: (x.abs() + 12).exp(), (3, 4)),
+    "cancellation": (lambda x: (x.square() - 2 * x + 1).sum(-1), (3, 4)),
+    "a view": (lambda x: x.t(), (3, 4)),
+    "the input itself": (lambda x: x, (3, 4)),
+    "an output that needs no gradient": (lambda x: (x.sin(), x.detach()), (3, 4)),
+    "in place on a copy": (lambda x: x.clone().mul_(2).sigmoid_(), (3, 4)),
+    "a scalar": (torch.exp, ()),
+    "one element": (torch.tanh, (1,)),
+    "a batch of nothing": (torch.tanh, (0, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NO_FAULT)
+def test_no_false_alarm(name: str) -> None:
+    fn, shape = NO_FAULT[name]
+    report = report_of(fn, torch.randn(shape), skip=COMPILED)
+    assert names(report, "failed") == set(), report
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
@@ -155,6 +180,43 @@ def test_structural_zeros_are_no_failures_in_half_types() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.GroupNorm(1, 5), nn.Tanh())
     kinds = ["float32", "float16", "bfloat16", "autocast"]
     assert report_of(model, torch.randn(3, 4), checks=kinds).passed
+
+
+def test_constants_of_float64_make_the_output_wide() -> None:
+    """As torch promotes types: it is none of the function's doing."""
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    report = report_of(lambda x: x * scale, torch.randn(2), checks=["float32", "float16"])
+    assert report.passed, report
+
+
+# ---- functions found in the wild
+
+
+def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = write_check_function.PAGE.read_text(encoding="utf-8")
+    if torch.__version__ not in page:
+        pytest.skip("the page was written with another torch, whose errors read otherwise")
+    assert write_check_function.main(["--check"]) == 0
+    monkeypatch.setattr(write_check_function, "WILD", write_check_function.WILD[:1])
+    monkeypatch.setattr(write_check_function, "PAGE", tmp_path / "check_function.md")
+    assert write_check_function.main(["--check"]) == 1
+
+
+@pytest.mark.parametrize("derive", ["eager", "compiled"])
+def test_what_the_page_says_of_torch_compile(derive: str) -> None:
+    """Under compile(vjp) the backward of a Function with ctx in forward is left out, where plain
+    torch.func refuses it."""
+
+    def pulled(x: Tensor) -> Any:
+        return torch.func.vjp(lambda x: GradientReversal.apply(x, 1.0), x)[1](torch.ones(3))
+
+    if derive == "eager":
+        with pytest.raises(RuntimeError, match="must override the setup_context"):
+            pulled(torch.randn(3))
+    elif torch.__version__ in write_check_function.PAGE.read_text(encoding="utf-8"):
+        torch._dynamo.reset()
+        (grad,) = torch.compile(pulled, backend="aot_eager")(torch.randn(3))
+        assert torch.equal(grad, torch.ones(3))  # and -1 is what backward says
 
 
 # ---- the table

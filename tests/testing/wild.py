@@ -14,7 +14,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["WILD", "Wild"]
+__all__ = ["WILD", "GradientReversal", "Wild"]
 
 
 @dataclass(frozen=True)

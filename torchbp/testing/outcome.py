@@ -110,7 +110,7 @@ class FunctionReport:
     def _table(self) -> Table:
         made = table(
             ["check", "result", "found"],
-            [[row.name, row.result, row.text] for row in self.rows],
+            [[row.name, row.result, text] for row, text in _said_once(self.rows)],
             title=f"{self.fn}({self.inputs})",
             caption=self.summary(),
         )
@@ -137,8 +137,8 @@ class FunctionReport:
         title = f"{self.fn}({self.inputs})"
         rows = "".join(
             f'<tr class="{row.status.replace(" ", "-")}"><td>{html.escape(row.name)}</td>'
-            f"<td>{row.result}</td><td>{html.escape(row.text)}</td></tr>"
-            for row in self.rows
+            f"<td>{row.result}</td><td>{html.escape(text)}</td></tr>"
+            for row, text in _said_once(self.rows)
         )
         body = (
             f"<p>{self.summary()}</p>"
@@ -155,6 +155,14 @@ class FunctionReport:
             f'<iframe srcdoc="{html.escape(self.to_html())}" title="{html.escape(self.fn)}" '
             'sandbox="" width="100%" height="640" style="border: 0"></iframe>'
         )
+
+
+def _said_once(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """The rows with their texts; what an earlier one says is not repeated."""
+    first: dict[str, str] = {}
+    for row in rows:
+        name = first.setdefault(row.text, row.name)
+        yield row, row.text if name == row.name or len(row.text) < 60 else f"as {name}"
 
 
 def _details(rows: Sequence[Row]) -> Iterator[str]:

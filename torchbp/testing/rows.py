@@ -21,6 +21,7 @@ from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from torchbp.graph.calling import captured
 from torchbp.graph.text import dims, dtype_name, duration, size
 
 from .beyond import double_backward
@@ -40,6 +41,7 @@ from .subject import (
     is_number,
     outputs_in,
     plainly,
+    run,
     upstream_of,
     widened,
 )
@@ -134,17 +136,24 @@ def _double(s: Subject) -> str | None:
     grads = [g for g in found if g is not None]
     attached = [g for g in grads if g.requires_grad]
     if len(attached) < len(grads):
-        names = ", ".join(
+        # Fine for what does not change at all, as the zero of a step function.
+        moved = s.leaves(s.other(1))
+        ups = [v * 1.5 - 0.25 for v in upstream_of([y.detach() for y in made])]
+        others = run(s.seeded, moved, ups).grads
+        lost = [
             s.names[i]
-            for i, g in zip(s.where, found, strict=True)
+            for i, g, other in zip(s.where, found, others, strict=True)
             if g is not None and not g.requires_grad
-        )
-        raise Failed(
-            f"the gradient of {names} is a constant for autograd, without an error: a second "
-            "derivative loses it. Use operations that autograd sees, or once_differentiable"
-        )
+            if difference("", g, other, s.tolerance)
+        ]
+        if lost:
+            raise Failed(
+                f"the gradient of {', '.join(lost)} is a constant for autograd, without an error: "
+                "a second derivative loses it. Use operations that autograd sees, or "
+                "once_differentiable"
+            )
     if not attached:
-        raise NotApplicable("no input has a gradient")
+        raise NotApplicable("no gradient depends on anything")
     # What it refuses is raised here. Not by autograd.grad: that looks at what leads to the inputs
     # alone, and once_differentiable's node, which raises, leads nowhere.
     torch.autograd.backward(attached, [drawn(g, 7) for g in attached])
@@ -320,8 +329,9 @@ def _func_jvp(s: Subject) -> str | None:
         )
     for k, name in enumerate(truth.names):
         y, dy, a, b, right = made[k], found[k], up[k], down[k], truth.outputs[k]
+        slope = (a - b) / (2 * _STEP) if truth.live[k] else torch.zeros_like(y)
         text = difference(name, y, right, s.tolerance) or difference(
-            f"the tangent of {name}", dy, (a - b) / (2 * _STEP), _DIFFERENCES
+            f"the tangent of {name}", dy, slope, _DIFFERENCES
         )
         if text:
             raise Failed(text)
@@ -542,7 +552,7 @@ class _Rounding(TorchDispatchMode):
 
     def __init__(self, eps: float, seed: int) -> None:
         super().__init__()
-        self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
+        self.eps, self.generator, self.largest = eps, torch.Generator().manual_seed(seed), 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -550,8 +560,11 @@ class _Rounding(TorchDispatchMode):
             return made  # views, and what is changed in place
 
         def rounded(value: Any) -> Any:
-            if not is_number(value) or value.layout is not torch.strided:
+            # autograd's zeros have no memory: torch crashes when they are multiplied here.
+            if not is_number(value) or value.layout is not torch.strided or value._is_zerotensor():
                 return value
+            if value.numel():
+                self.largest = max(self.largest, float(value.abs().nan_to_num(0.0, 0.0).max()))
             noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
             return value * (1 + self.eps * (2 * noise - 1).to(value))
 
@@ -576,8 +589,12 @@ def _allowed(
         moved = [shaken(x, i) if is_number(x) else x for i, x in enumerate(wide)]
         ups = [shaken(v, 50 + k) for k, v in enumerate(upstream)]
         leaves = s.leaves(moved)
-        with plainly(), _Rounding(eps, seed):
+        with plainly(), _Rounding(eps, seed) as rounding:
             other = s.run(leaves, upstream=ups)
+        if rounding.largest > limits.max:
+            raise NotApplicable(
+                f"numbers up to {rounding.largest:.2g} arise, more than {dtype_name(dtype)} holds"
+            )
         for total, a, b in zip(spread, _tensors(other), _tensors(truth), strict=True):
             torch.maximum(total, (a - b).abs().nan_to_num(), out=total)
     made = []
@@ -602,15 +619,12 @@ def _in_dtype(dtype: torch.dtype) -> Callable[[Subject], str | None]:
         upstream = [widened(v) for v in upstream_of(got.outputs)]
         with plainly():
             truth = s.run(s.leaves(wide), upstream=upstream)
+        constants = {x.dtype for x in captured(s.original).values() if isinstance(x, Tensor)}
+        wider = any(torch.promote_types(kind, dtype) is not dtype for kind in constants)
         for name, y, right in zip(got.names, got.outputs, truth.outputs, strict=False):
-            if y.dtype is not dtype and right.dtype is torch.float64:
+            if y.dtype is not dtype and right.dtype is torch.float64 and not wider:
                 raise Failed(f"{name} is {dtype_name(y.dtype)} for {dtype_name(dtype)} inputs")
-        limits = torch.finfo(dtype)
         allowed = _allowed(s, wide, truth, dtype, upstream)
-        # What is larger than the dtype holds is inf in it.
-        for ran in (got, truth):
-            for k, y in enumerate(ran.outputs):
-                ran.outputs[k] = y.where(y.abs() <= limits.max, y * torch.inf)
         found = s.differences(got, truth, allowed)
         if found:
             raise Failed(f"against float64 at the same numbers: {found[0]}")

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -88,11 +88,13 @@ class Ran:
         outputs: the floating tensors that were returned, detached.
         names: what they are called.
         grads: of each differentiable input; None where there is none.
+        live: which outputs required grad, where that was seen.
     """
 
     outputs: list[Tensor]
     names: list[str]
     grads: list[Tensor | None]
+    live: list[bool] = field(default_factory=list)
 
 
 def is_number(value: Any) -> bool:
@@ -100,11 +102,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def first_line(error: BaseException, width: int = 160) -> str:
-    """The first line of what an error says, with its type, without colour codes."""
+def first_line(error: BaseException, width: int = 180) -> str:
+    """The first line of what an error says, or its first sentences, with its type."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return text if len(text) <= width else text[: width - 3] + "..."
+    if len(text) <= width:
+        return text
+    sentence = text[:width].rpartition(". ")[0]
+    return f"{sentence}." if len(sentence) > width // 3 else f"{text[: width - 3]}..."
 
 
 def outputs_in(value: Any) -> list[Tensor]:
@@ -139,7 +144,7 @@ def run(
         ys, vs = zip(*pairs, strict=True)
         grads = torch.autograd.grad(ys, leaves, vs, allow_unused=True)
     names = ["y"] if len(made) == 1 else [f"y[{i}]" for i in range(len(made))]
-    return Ran([y.detach() for y in made], names, list(grads))
+    return Ran([y.detach() for y in made], names, list(grads), [y.requires_grad for y in made])
 
 
 def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -251,14 +251,6 @@ add(
     unsupported=frozenset({"compile"}),  # torch.compile wants no jvp with fullgraph
     compiled=True,
 )
-add(
-    "a number out of a tensor",
-    change(Sine, forward=lambda x: x.sin() * float(x.detach().abs().sum() > 0)),
-    set(),
-    "",
-    unsupported=frozenset({"vmap", "compile", "compile-func", "export"}),
-    compiled=True,
-)
 
 
 @torch.library.custom_op("torchbp_tests::sine", mutates_args=())

@@ -560,8 +560,9 @@ class _Rounding(TorchDispatchMode):
             return made  # views, and what is changed in place
 
         def rounded(value: Any) -> Any:
-            # autograd's zeros have no memory: torch crashes when they are multiplied here.
-            if not is_number(value) or value.layout is not torch.strided or value._is_zerotensor():
+            if not is_number(value) or value.layout is not torch.strided or value.is_meta:
+                return value
+            if value._is_zerotensor():  # has no memory: torch crashes when it is multiplied here
                 return value
             if value.numel():
                 self.largest = max(self.largest, float(value.abs().nan_to_num(0.0, 0.0).max()))

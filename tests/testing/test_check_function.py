@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 import torchbp.nn
 from scripts import write_check_function
@@ -63,6 +64,91 @@ def test_a_fault_fails_its_rows_and_no_others(name: str) -> None:
 
 def test_each_check_has_a_fault() -> None:
     assert set().union(*(broken.fails for broken in BROKEN.values())) == set(CHECKS)
+
+
+_records: list[list[int]] = []
+
+
+def recording(x: Tensor) -> Tensor:
+    _records.append([len(_records)])
+    return x.sin()
+
+
+class Overwriting(Function):
+    """y = exp(x), whose backward works in the memory of y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        return ctx.saved_tensors[0].mul_(grad_output)
+
+
+class Summed(Function):
+    """y = sum(x) w, and for empty x the gradient of w is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, w)
+        return x.sum() * w
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        total = x.sum() if x.numel() else torch.ones_like(w)
+        return (grad_output * w).expand_as(x), grad_output * total
+
+
+FURTHER: dict[str, tuple[str, Any, tuple[tuple[int, ...], ...], str, dict[str, Any]]] = {
+    "memory that was not written": (
+        "determinism", lambda x: x.sin() + torch.empty_like(x).clamp(0, 0), ((3,),), "y ", {},
+    ),
+    "Python objects": ("leak", recording, ((3,),), "Python objects behind", {}),
+    "a backward in the memory of the output": (
+        "mutation", Overwriting, ((3,),), "backward changes the output in place", {},
+    ),
+    "a sum over nothing": (
+        "empty", Summed, ((3,), ()), "the gradient of w along a direction", {},
+    ),
+    "empty, unlike the reference": (
+        "empty", lambda x: x.sum(), ((3,),), "against the reference: y",
+        {"reference": lambda x: x.sum() + (0 if x.numel() else 1)},
+    ),
+    "another value under no_grad": (
+        "frozen", lambda x: x.sin() if torch.is_grad_enabled() else x.cos(), ((3,),),
+        "under no_grad: y is wrong", {},
+    ),
+    "float32 for all": ("float64", lambda x: x.float(), ((3,),), "y is float32 for float64", {}),
+    "another dtype than the reference": (
+        "reference", lambda x: x.float(), ((3,),), "float32, and float64 is right",
+        {"reference": lambda x: x},
+    ),
+    "another shape than the reference": (
+        "reference", torch.sin, ((3,),), "has shape [3], and [1, 3] is right",
+        {"reference": lambda x: x.sin()[None]},
+    ),
+    "a reference that raises": (
+        "reference", torch.sin, ((3,),), "the reference, called plainly, it raises",
+        {"reference": lambda x: x @ torch.ones(4, 4, dtype=x.dtype)},
+    ),
+    "a backward that raises": (
+        "func.grad",
+        type("Raising", (Sine,), {"backward": staticmethod(lambda ctx, g: ctx.nothing)}),
+        ((3,),), "called plainly it raises AttributeError", {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_faults(name: str) -> None:
+    check, fn, shapes, says, options = FURTHER[name]
+    report = report_of(fn, *map(torch.randn, shapes), checks=[check], **options)
+    assert report[check].status == "failed"
+    assert says in report[check].text
 
 
 # ---- no false alarm

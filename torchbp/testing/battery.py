@@ -114,7 +114,8 @@ def check_function(
         ...     @staticmethod
         ...     def backward(ctx, grad_output):
         ...         return grad_output.mul_(2)
-        >>> found = check_function(Double, torch.randn(3), raise_exception=False)
+        >>> checks = ["gradient", "vmap", "mutation"]
+        >>> found = check_function(Double, torch.randn(3), checks=checks, raise_exception=False)
         >>> [row.name for row in found.failed]
         ['gradient', 'mutation']
         >>> found["mutation"].text

@@ -980,6 +980,7 @@ def allocations(run: Callable[[], object]) -> list[int]:
     "leak", "no reference cycle keeps saved tensors, and nothing grows over repeated calls", False
 )
 def _leak(s: Subject) -> str | None:
+    _on_cpu(s)
     leaves = s.leaves()
 
     def calls() -> None:
@@ -1015,6 +1016,11 @@ def _leak(s: Subject) -> str | None:
         if more >= _CALLS:
             raise Failed(f"{_CALLS} calls{what} leave {more} Python objects behind")
     return None
+
+
+def _on_cpu(s: Subject) -> None:
+    if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in s.args):
+        raise NotApplicable("only the allocator of the CPU is looked at")
 
 
 @contextmanager
@@ -1110,6 +1116,7 @@ def _speed(s: Subject) -> str | None:
 @_row("memory", "the most memory that forward and backward take over that of the reference", False)
 def _memory(s: Subject) -> str | None:
     _referred(s)
+    _on_cpu(s)
     peaks = []
     for call in _both(s):
         call()

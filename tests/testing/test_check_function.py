@@ -457,6 +457,32 @@ def test_complex() -> None:
     assert {"gradient", "double-backward", "vmap", "strided", "leak"} <= names(report, "passed")
 
 
+def test_complex_double_backward_fails() -> None:
+    class Squared(Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
+            ctx.save_for_backward(z)
+            return z * z
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+            (z,) = ctx.saved_tensors
+            return grad_output * 2 * z.detach().conj()
+
+    z = torch.randn(3, dtype=torch.complex64)
+    report = report_of(Squared, z, checks=["gradient", "double-backward"])
+    assert names(report, "failed") == {"double-backward"}
+
+
+def test_another_number_of_outputs_is_no_refusal() -> None:
+    def changing(x: Tensor) -> list[Tensor]:
+        return [x] * (2 if torch._C._functorch.is_functorch_wrapped_tensor(x) else 1)
+
+    report = report_of(changing, torch.randn(3), checks=["vmap", "func.vjp", "func.jacrev"])
+    assert names(report, "failed") >= {"vmap", "func.vjp"}
+    assert names(report, "not supported") == set()
+
+
 def test_bad_input() -> None:
     x = torch.randn(3)
     with pytest.raises(TypeError, match="check_function: fn wants a function or module, got int"):

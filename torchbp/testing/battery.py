@@ -42,7 +42,7 @@ CHECKS: dict[str, str] = {name: check.text for name, check in ROWS.items()}
 _BUG = re.compile(
     r"INTERNAL ASSERT|unsupported operand|index out of range|NoneType|positional argument"
     r"|not subscriptable|object is not (callable|iterable)|unexpected keyword|not enough values"
-    r"|too many values"
+    r"|too many values|zip\(\) argument"
 )
 
 
@@ -70,7 +70,8 @@ def check_function(
     with central differences, or with the reference. A feature that the function refuses by a clear
     error is "not supported", and no failure unless it is required; one that gives a wrong result
     without an error is a failure. The checks are independent, and work on copies of the inputs; the
-    random state is left as it is.
+    random state is left as it is. What `torch.compile` has cached is forgotten, and meanwhile
+    nothing that the function prints or logs is shown.
 
     Args:
         fn: a function, an `autograd.Function` or its `apply`, an operation of `torch.ops`, a

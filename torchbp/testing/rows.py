@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError as TorchGradcheckError
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -158,7 +159,10 @@ def _double(s: Subject) -> str | None:
     # alone, and once_differentiable's node, which raises, leads nowhere.
     torch.autograd.backward(attached, [drawn(g, 7) for g in attached])
     if any(is_number(x) and x.is_complex() for x in [*wanted, *made]):
-        torch.autograd.gradgradcheck(s.seeded, s.leaves())
+        try:
+            torch.autograd.gradgradcheck(s.seeded, s.leaves(), nondet_tol=s.settings.nondet_tol)
+        except TorchGradcheckError as error:
+            raise Failed(first_line(error)) from error
         return None
     probe = Probe(s.seeded, s.leaves(), _STEP)
     options = Options(_STEP, _DIFFERENCES, s.settings.nondet_tol, False, s.settings.kinks, True, {})

@@ -47,7 +47,9 @@ def page(functions: Sequence[Wild] = WILD) -> str:
             "operation or module is expected to do, and makes a row of each check. A row fails if "
             "a result is wrong; a feature that is refused by a clear error is *not supported*, and "
             "no failure unless it is required. `python -m torchbp.testing module:name 3x4` does it "
-            "from the command line, `parametrize_checks(fn, inputs)` makes a test of each row.",
+            "from the command line (with `--isolate` each check in a process of its own, so that a "
+            "crash of compiled code is a row too), `parametrize_checks(fn, inputs)` makes a test "
+            "of each row.",
             "## The checks",
             table(["check", "what it checks"], [[f"`{n}`", cell(t)] for n, t in CHECKS.items()]),
             "`speed` and `memory` fail only above the limits `max_time` and `max_memory`.",

@@ -551,6 +551,9 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 OWN = """
+import os
+import signal
+
 import torch
 
 class Twice(torch.autograd.Function):
@@ -567,6 +570,11 @@ def scaled(x, w):
 
 def nothing(x):
     return None
+
+def dying(x):
+    if not x.is_contiguous():
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return x * 2
 """
 
 
@@ -600,6 +608,17 @@ def test_exit_status_and_options(folder: Path, capsys: pytest.CaptureFixture[str
     assert main(["own_ops:Twice", "3", *quick, "--skip", "gradient", "--require", "vmap"]) == 1
     torch.save({"w": torch.randn(()), "x": torch.randn(2)}, "inputs.pt")
     assert main(["own_ops:scaled", "--inputs", "inputs.pt", *quick]) == 0
+
+
+def test_a_crash_of_compiled_code_is_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    assert main(["own_ops.py:dying", "2x3", "--checks", "strided", "--isolate"]) == 1
+    said = capsys.readouterr().out
+    assert "the process is killed by SIGSEGV" in said
+    assert "1 failed" in said
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import pickle
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,11 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of random numbers, set before MODULE is imported (0)"
     )
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="run each check in a process of its own, so that a crash of compiled code is a row",
+    )
     parser.add_argument("--html", metavar="FILE", help="write the table as a page too")
-    given = sys.argv[1:] if arguments is None else arguments
+    parser.add_argument("--rows", metavar="FILE", help=argparse.SUPPRESS)  # of an isolated check
+    given = sys.argv[1:] if arguments is None else list(arguments)
     args = parser.parse_args(with_spaces(given))
     try:
-        report = _checked(args)
+        report = _checked(args, with_spaces(given))
+        if args.rows is not None:
+            Path(args.rows).write_bytes(pickle.dumps(report.rows))
         if args.html is not None:
             report.to_html(args.html)
     except (Wrong, ImportError, OSError) as error:
@@ -94,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.passed else 1
 
 
-def _checked(args: argparse.Namespace) -> FunctionReport:
+def _checked(args: argparse.Namespace, given: Sequence[str]) -> FunctionReport:
     op = "python -m torchbp.testing"
     place, path = separated("MODULE:NAME", args.target)
     torch.manual_seed(args.seed)
@@ -115,6 +128,10 @@ def _checked(args: argparse.Namespace) -> FunctionReport:
     except (TypeError, ValueError) as error:
         raise Wrong(str(error).removeprefix(f"{op}: ")) from None
     subject = _subject(fn, inputs, settings)
+
+    def run(name: str) -> list[Row]:
+        return _isolated(given, name) if args.isolate else list(rows_of(subject, [name], required))
+
     console = Console(stderr=True)
     columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn()
     with Progress(
@@ -124,7 +141,7 @@ def _checked(args: argparse.Namespace) -> FunctionReport:
         rows: list[Row] = []
         for name in names:
             bars.update(task, description=name)
-            rows += rows_of(subject, [name], required)
+            rows += run(name)
             bars.advance(task)
     return FunctionReport(subject.name, subject.described, tuple(rows))
 
@@ -136,6 +153,28 @@ def _subject(fn: Callable[..., Any], inputs: Sequence[Any], settings: Settings) 
         if str(error).startswith("check_function: "):
             raise Wrong(str(error).removeprefix("check_function: ")) from None
         raise  # the function's own
+
+
+def _isolated(given: Sequence[str], name: str) -> list[Row]:
+    """The row of a check that runs in a process of its own."""
+    own = [text for text in given if text != "--isolate"]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows"
+        # The last of an option given twice counts.
+        last = ["--checks", name, "--skip", "", "--rows", str(rows)]
+        done = subprocess.run(
+            [sys.executable, "-m", "torchbp.testing", *own, *last],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if rows.is_file():
+            return list(pickle.loads(rows.read_bytes()))
+    if done.returncode < 0:
+        why = f"the process is killed by {signal.Signals(-done.returncode).name}"
+    else:
+        why = (
+            f"the process ends with {done.returncode}: {done.stderr.strip().rpartition(chr(10))[2]}"
+        )
+    return [Row(name, "failed", why)]
 
 
 def _listed(text: str) -> list[str]:

@@ -197,7 +197,7 @@ class Report:
         """
         from torchbp.graph.svg import write
 
-        text = _page(self)
+        text = page(f"The {self.of} of {self.fn} is wrong: {self.cause}", sections(self))
         write("to_html", text, path)
         return text
 
@@ -305,19 +305,14 @@ def _place(wrong: Tensor, whose: str) -> str:
 # ---- the page
 
 
-def _page(report: Report) -> str:
+def page(title: str, body: str) -> str:
+    """A page that needs no other file, in the colours of the drawings."""
     from torchbp.graph.svg import PALETTE
 
     light, dark = (
         "".join(f"--{name}: {pair[i]}; " for name, pair in PALETTE.items()) for i in (0, 1)
     )
-    said = "".join(
-        f"<li><b>{html.escape(cause.name)}</b>: {html.escape(cause.text)}</li>"
-        for cause in report.found
-    )
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
-    title = html.escape(f"The {report.of} of {report.fn} is wrong: {report.cause}")
-    parts = "".join(_section(checked) for checked in report.inputs)
+    title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -325,8 +320,18 @@ def _page(report: Report) -> str:
         f":root {{ color-scheme: light; {light}}}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {dark}}} }}\n"
         f"{_STYLE.strip()}\n</style></head><body><main><h1>{title}</h1>"
-        f"<ul>{said}</ul>{notes}{parts}</main></body></html>\n"
+        f"{body}</main></body></html>\n"
     )
+
+
+def sections(report: Report) -> str:
+    """What a report says, and a section for each input."""
+    said = "".join(
+        f"<li><b>{html.escape(cause.name)}</b>: {html.escape(cause.text)}</li>"
+        for cause in report.found
+    )
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
+    return f"<ul>{said}</ul>{notes}{''.join(map(_section, report.inputs))}"
 
 
 _STYLE = """
@@ -340,6 +345,11 @@ figure { margin: 0; } img { image-rendering: pixelated; border: 1px solid var(--
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--wire); }
 th { color: var(--muted); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
+.checks :is(th, td) { text-align: left; vertical-align: top; padding: 5px 18px 5px 0; }
+.checks td:nth-child(-n + 2) { white-space: nowrap; } .checks td:first-child { font-weight: 500; }
+.checks td:last-child { overflow-wrap: anywhere; }
+.failed td:nth-child(2) { color: var(--gradient); font-weight: 600; }
+.checks :is(.not-supported, .not-applicable) td { color: var(--muted); }
 """
 
 

@@ -4,11 +4,13 @@ if what it depends on has changed; what is wrong is reported.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,15 @@ from scripts import (
     reliability_accuracy,
     reliability_determinism,
     reliability_frame,
+    reliability_fuzz,
     reliability_malformed,
     reliability_specials,
 )
 from scripts.reliability_accuracy import Accuracy
+from scripts.reliability_bounds import Bounded, exact, where
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Piece, Result, State, key_of, run
+from scripts.reliability_fuzz import Fuzz
 from scripts.reliability_malformed import Malformed
 from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
@@ -350,6 +355,114 @@ def test_the_pieces_cover_every_number_once() -> None:
     assert last[0].view(torch.int32).tolist() == [-3, -2, -1]
     (whole,) = reliability_accuracy.chunks(a_piece("exp", "float16"))
     assert sorted(whole.view(torch.int16).tolist()) == list(range(-(2**15), 2**15))
+
+
+# ---- fuzz ----------------------------------------------------------------------------------------
+
+
+Fault = Callable[[Tensor, list[Tensor], Tensor], Any]
+
+
+def of_transposed(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """A gradient off by a millionth where the input is transposed."""
+    if grads and not x.is_contiguous() and x.dtype == torch.float32:
+        grads[0] *= 1 + 1e-6
+
+
+def of_threads(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """One number missing, where several threads share the work."""
+    if torch.get_num_threads() > 1 and y.numel() > 32768:
+        y.view(-1)[-1] = 0
+
+
+def of_halves(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """The next number."""
+    if x.dtype == torch.bfloat16:
+        y.view(torch.int16).sub_(1)
+
+
+def of_one_row(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """Nothing, where there is one row."""
+    if x.dim() > 1 and x.shape[0] == 1:
+        y.zero_()
+
+
+@pytest.mark.parametrize(
+    ("op", "fault", "said"),
+    [
+        ("tanh", of_transposed, "tanh in float32: gradient 0"),
+        ("exp", of_threads, "exp in "),
+        ("leaky_relu", of_halves, "leaky_relu in bfloat16: the output"),
+        ("matmul", of_one_row, "matmul in "),
+        ("cross_entropy", of_transposed, "cross_entropy in float32: gradient 0"),
+    ],
+)
+def test_a_call_that_is_wrong_is_found_and_one_line_repeats_it(
+    op: str,
+    fault: Fault,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    piece: Piece = {"op": op, "level": None, "seed": 0, "cases": 300}
+    real = reliability_fuzz.run
+
+    def run_that_is_wrong(
+        function: Any, inputs: list[Tensor], upstream: Any, free: list[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        y, grads = real(function, inputs, upstream, free)
+        if inputs[0].dtype != torch.float64:  # as the reference is
+            fault(y, grads, inputs[0])
+        return y, grads
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reliability_fuzz, "run", run_that_is_wrong)
+        (line,) = Fuzz().measure(piece)["failures"]
+        assert line.startswith(said)
+        assert "\n" not in line
+        command = shlex.split(line[line.index("TORCHBP_CPU=") :])
+        assert command[1:4] == ["python", "-m", "scripts.reliability_fuzz"]
+        assert reliability_fuzz.main(command[4:]) == 1
+        assert capsys.readouterr().out.strip() in line
+    assert reliability_fuzz.main(command[4:]) == 0
+    assert capsys.readouterr().out == "right\n"
+
+
+def test_the_command_of_a_piece_prints_each_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """So that the one that ends the process is known."""
+    piece = '{"op": "relu", "level": null, "seed": 0, "cases": 3}'
+    assert reliability_fuzz.main([piece]) == 0
+    *cases, last = capsys.readouterr().out.splitlines()
+    assert last == "right"
+    assert len(cases) == 3
+    assert all(" python -m scripts.reliability_fuzz '{" in line for line in cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_are_within_their_bounds_and_bounds_near_the_errors(dtype: torch.dtype) -> None:
+    """The same formulas in PyTorch's float32 and rounded, and with their bounds."""
+    a, b = (torch.randn(40, 70).to(dtype), torch.randn(70, 40).to(dtype))
+
+    def formula(a: Any, b: Any) -> list[Any]:
+        products = a.matmul(b)
+        return [a * a + a, products, 1 / (1 + (-abs(a)).exp()), a.tanh(), a.sum((1,)), a - a * 3]
+
+    for got, bound in zip(formula(a.float(), b.float()), formula(exact(a), exact(b)), strict=True):
+        kept = bound.stored()
+        off = (got.to(dtype).double() - kept.value).abs()
+        assert bool((off <= kept.error).all())
+        # Sums rarely come near their worst case, which grows as their length does.
+        assert float((off / kept.error).max()) > 0.004
+
+
+def test_a_comparison_that_errors_leave_open_takes_both_branches() -> None:
+    x = Bounded(
+        torch.tensor([1e-9, 1.0]).double(), torch.tensor([1e-8, 1e-8]).double(), torch.float32
+    )
+    y = where(x > 0, x * 0.0 + 5.0, x * 0.0 - 2.0)
+    assert y.value.tolist() == [5.0, 5.0]
+    assert y.error[0] >= 7
+    assert y.error[1] < 1e-5
 
 
 # ---- determinism ---------------------------------------------------------------------------------

@@ -445,14 +445,14 @@ def test_errors_are_within_their_bounds_and_bounds_near_the_errors(dtype: torch.
 
     def formula(a: Any, b: Any) -> list[Any]:
         products = a.matmul(b)
-        return [a * a + a, products, 1 / (1 + (-abs(a)).exp()), a.tanh(), a.sum((1,)), a - a * 3]
+        return [a * a + a, products, 1 / (1 + (-abs(a)).exp()), a.tanh(), a.sum((1,)), a - a / 3]
 
     for got, bound in zip(formula(a.float(), b.float()), formula(exact(a), exact(b)), strict=True):
         kept = bound.stored()
         off = (got.to(dtype).double() - kept.value).abs()
         assert bool((off <= kept.error).all())
         # Sums rarely come near their worst case, which grows as their length does.
-        assert float((off / kept.error).max()) > 0.004
+        assert float((off / kept.error).nan_to_num().max()) > 0.004  # 0 / 0: exact
 
 
 def test_a_comparison_that_errors_leave_open_takes_both_branches() -> None:

@@ -4,6 +4,9 @@ if what it depends on has changed; what is wrong is reported.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 import shlex
 import signal
 import subprocess
@@ -12,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from scripts import (
     reliability_determinism,
     reliability_frame,
     reliability_fuzz,
+    reliability_large,
+    reliability_leaks,
     reliability_malformed,
     reliability_specials,
 )
@@ -34,6 +40,8 @@ from scripts.reliability_bounds import Bounded, exact, where
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Piece, Result, State, key_of, run
 from scripts.reliability_fuzz import Fuzz
+from scripts.reliability_large import Large
+from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
 from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
@@ -43,11 +51,14 @@ from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
 #: What does not hold yet: figure -> how its lines begin.
 #: tanh: 1 - y * y near y = 1, rounded twice where there is no fused multiply-add.
 #: sigmoid: up to 2.3 ulp off, where 2 are allowed.
+#: linear, maxout, mlp: PyTorch's stable header never frees the std::string that an operation takes
+#: (stableivalue_conversions.h, torch 2.13): 48 bytes a call.
 KNOWN = {
     "accuracy": (
         "tanh in float32, baseline, gradient",
         *(f"sigmoid in float32, {level}, forward" for level in LEVELS),
-    )
+    ),
+    "leaks": ("linear, ", "maxout, ", "mlp, "),
 }
 
 # ---- every figure --------------------------------------------------------------------------------
@@ -549,3 +560,105 @@ def test_a_bad_answer_to_a_malformed_call_is_reported(
     result = Malformed().measure({"seed": 3})
     assert bool(result["failures"]) == bool(fault)
     assert all(fault in line and ", seed 3: x=" in line for line in result["failures"])
+
+
+# ---- large index ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", reliability_large.KINDS)
+def test_numbers_that_are_taken_from_elsewhere_are_reported(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As an index that overflows would: the last numbers are those from the beginning."""
+    figure = Large()
+    piece = {"kind": kind, "elements": 2**19}
+    assert figure.measure(piece)["failures"] == []
+    real = torch.autograd.grad
+
+    def wrapped(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        grads = real(*arguments, **options)
+        for flat in (grad.view(-1) for grad in grads):
+            half = len(flat) // 2
+            flat[-half:] = flat[:half].clone()
+        return grads
+
+    def last(*arguments: Any, **options: Any) -> Tensor:
+        y = linear(*arguments, **options)
+        y.data[-1] = y.data[0]
+        return y
+
+    linear = reliability_large.F.linear
+    if kind == "linear, large output":  # it has no gradient
+        monkeypatch.setattr(reliability_large.F, "linear", last)
+    monkeypatch.setattr(torch.autograd, "grad", wrapped)
+    (line,) = figure.measure(piece)["failures"]
+    assert line.startswith(f"{kind}: the ")
+
+
+def test_what_is_compared_reaches_the_end() -> None:
+    for n, size in ((2**31 + 2**24, 1), (2**21 + 2**14, 1024), (214_000_000, 10), (100, 1)):
+        parts = reliability_large.places(n, size)
+        assert parts[0].start == 0
+        assert parts[-1].stop == n
+        behind = [part for part in parts if part.stop * size > n * size - 2**24]
+        assert behind[0].start * size <= max(0, n * size - 2**24)
+        assert all(a.stop == b.start for a, b in pairwise(behind))
+
+
+# ---- leaks ---------------------------------------------------------------------------------------
+
+kept: list[Any] = []
+
+
+def keep_an_object(number: int) -> None:
+    kept.append([])
+
+
+def keep_a_tensor(number: int) -> None:
+    kept.append(torch.empty(1))
+
+
+def allocate(number: int) -> None:
+    """16 bytes, in one of five calls."""
+    if number % 5 == 0:
+        ctypes.CDLL(None).malloc(16)
+
+
+def keep_an_error(number: int) -> None:
+    try:
+        raise ValueError
+    except ValueError as error:
+        kept.append(error)
+
+
+def map_pages(number: int) -> None:
+    """Memory that comes neither from malloc nor from Python."""
+    if number % 5 == 0:
+        pages = mmap.mmap(-1, 4096 * 8)
+        pages.write(b"x" * 4096 * 8)
+        kept.append(pages)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda number: None, ""),
+        (keep_an_object, "objects a call"),
+        (keep_a_tensor, "bytes of malloc a call"),
+        (allocate, "bytes of malloc a call"),
+        (keep_an_error, "objects a call"),
+        (map_pages, "resident bytes a call"),
+    ],
+)
+def test_a_leak_is_reported(fault: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process of the same size as one that leaks nothing."""
+    numbers = itertools.count()
+    monkeypatch.setitem(
+        reliability_leaks.KINDS, "forward", lambda op: [lambda: fault(next(numbers))]
+    )
+    piece = {"op": "relu", "kind": "forward", "calls": 1000}
+    lines = Leaks().measure(piece)["failures"]
+    kept.clear()
+    assert bool(lines) == bool(said)
+    assert said in " ".join(lines)
+    assert all(line.startswith("relu, forward: ") for line in lines)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scripts.reliability_determinism import results
 from scripts.reliability_frame import Figure, Measured, Piece, Result
-from scripts.reliability_malformed import MALFORMED
+from scripts.reliability_malformed import MALFORMED, silent
 from scripts.write_readme_tables import code, table
 from tests.ops import DTYPES, OPS, Case
 
@@ -92,19 +92,22 @@ def growth(calls: list[Callable[[], Any]], times: int) -> dict[str, float]:
     block = rounds * len(calls)
     # Made beforehand, and no objects: what is written down does not count as growth.
     seen = [array("q", bytes(8 * (BLOCKS + 1))) for _ in LIMITS]
-    for number in range(-WARMING, BLOCKS + 1):
-        if number >= 0:
-            for values, value in zip(seen, astuple(Memory.now()), strict=True):
-                values[number] = value
-        if number < BLOCKS:
-            for _ in range(rounds):
-                for call in calls:
-                    call()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
+    try:
+        for number in range(-WARMING, BLOCKS + 1):
+            if number >= 0:
+                for values, value in zip(seen, astuple(Memory.now()), strict=True):
+                    values[number] = value
+            if number < BLOCKS:
+                for _ in range(rounds):
+                    for call in calls:
+                        call()
+    finally:
+        gc.unfreeze()
     steps = ([after - before for before, after in pairwise(values)] for values in seen)
-    grown = {
-        name: statistics.median(step) / block for name, step in zip(LIMITS, steps, strict=True)
-    }
-    return {**grown, "calls": BLOCKS * block}
+    grown = [statistics.median(step) / block for step in steps]
+    return dict(zip(LIMITS, grown, strict=True)) | {"block": block}
 
 
 # ---- What is called ------------------------------------------------------------------------------
@@ -183,6 +186,7 @@ class Leaks(Figure):
     def obstacle(self) -> str | None:
         return None if _mallinfo() is not None else "it needs glibc 2.33, whose malloc counts"
 
+    @silent()
     def measure(self, piece: Piece) -> Result:
         grown = growth(KINDS[piece["kind"]](piece["op"]), piece["calls"])
         units = {"malloc": "bytes of malloc", "objects": "objects", "resident": "resident bytes"}

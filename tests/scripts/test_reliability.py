@@ -5,6 +5,7 @@ if what it depends on has changed; what is wrong is reported.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import itertools
 import mmap
 import shlex
@@ -46,11 +47,14 @@ from scripts.reliability_malformed import Malformed
 from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
 from tests.machine import LEVELS
+from tests.ops import DTYPES
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
 
 #: What does not hold yet: figure -> how its lines begin.
 #: tanh: 1 - y * y near y = 1, rounded twice where there is no fused multiply-add.
 #: sigmoid: up to 2.3 ulp off, where 2 are allowed.
+#: cross_entropy: rows that are ignored have gradient 0, but NaN under an upstream gradient that is
+#: infinite or NaN.
 #: linear, maxout, mlp: PyTorch's stable header never frees the std::string that an operation takes
 #: (stableivalue_conversions.h, torch 2.13): 48 bytes a call.
 KNOWN = {
@@ -59,6 +63,11 @@ KNOWN = {
         *(f"sigmoid in float32, {level}, forward" for level in LEVELS),
     ),
     "leaks": ("linear, ", "maxout, ", "mlp, "),
+    "specials": (
+        "cross_entropy-ignore -100 ",
+        "cross_entropy-ignore 1 ",
+        "cross_entropy-smoothing weight ignore ",
+    ),
 }
 
 # ---- every figure --------------------------------------------------------------------------------
@@ -527,6 +536,29 @@ def test_a_nan_that_is_lost_is_reported_and_a_sign_listed(monkeypatch: pytest.Mo
     assert "| forward | float32 | avx2 |" in figure.tables([(piece, result)])[1]
 
 
+@pytest.mark.parametrize("fault", [torch.nan, 1.0])
+def test_a_product_that_loses_or_makes_nan_is_reported(
+    monkeypatch: pytest.MonkeyPatch, fault: float
+) -> None:
+    figure = Specials()
+    piece = {"call": "matmul-matrices", "dtype": "float32", "level": "avx2"}
+    case = reliability_specials.PRODUCTS["matmul-matrices"]
+
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.matmul(x, w)
+        at = y.isnan() if fault == 1 else y.isinf() | (y.abs() > 1e30)
+        of_rows = at.any(1, keepdim=True).expand_as(y)
+        return torch.where(of_rows & (x.dtype == torch.float32), fault, y)
+
+    assert figure.measure(piece) == {"differences": [], "failures": []}
+    monkeypatch.setitem(reliability_specials.PRODUCTS, "matmul-matrices", replace(case, ours=wrong))
+    result = figure.measure(piece)
+    start = "matmul-matrices in float32, avx2, forward(0, 0): "
+    assert any(line.startswith(start) for line in result["failures"])
+    said = figure.tables([(piece, result)])[1]
+    assert "| forward, input 0 | float32 | avx2 |" in said
+
+
 # ---- malformed calls -----------------------------------------------------------------------------
 
 
@@ -536,7 +568,8 @@ def relu_that(fault: str) -> Any:
 
     def relu(x: Any) -> Tensor:
         nonlocal spoilt
-        if isinstance(x, Tensor) and x.layout == torch.strided and x.is_floating_point():
+        dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+        if dense and x.dtype in DTYPES:
             return torch.relu(x) + spoilt
         if fault == "is taken":
             return torch.zeros(())
@@ -559,7 +592,34 @@ def test_a_bad_answer_to_a_malformed_call_is_reported(
     monkeypatch.setattr(reliability_malformed, "MALFORMED", {"relu": call})
     result = Malformed().measure({"seed": 3})
     assert bool(result["failures"]) == bool(fault)
-    assert all(fault in line and ", seed 3: x=" in line for line in result["failures"])
+    assert all(fault in line and ", seed 3: " in line for line in result["failures"])
+
+
+@pytest.mark.parametrize("structure", reliability_malformed.STRUCTURES)
+def test_a_call_of_another_structure_that_is_taken_is_reported(
+    monkeypatch: pytest.MonkeyPatch, structure: Any
+) -> None:
+    """By an operation that takes whatever it is given."""
+    call = reliability_malformed.MALFORMED["linear"]
+    monkeypatch.setattr(reliability_malformed, "STRUCTURES", [structure])
+    monkeypatch.setattr(reliability_malformed, "MALFORMED", {"linear": call})
+    assert Malformed().measure({"seed": 0})["failures"] == []
+    real = call.function
+
+    def linear(x: Any = None, *rest: Any, **given: Any) -> Tensor:
+        right = {name: make(None, torch.float32) for name, make in call.right.items()}
+        if rest or given.keys() != right.keys() - {"x"} or x is None:
+            return torch.zeros(1)
+        return real(x, **given)
+
+    linear.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
+    monkeypatch.setattr(call, "function", linear)
+    lines = Malformed().measure({"seed": 0})["failures"]
+    if structure is reliability_malformed.twice:  # what Python itself sees to
+        assert lines == []
+    else:
+        assert lines
+        assert all(line.endswith(": is taken") for line in lines)
 
 
 # ---- large index ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 import torchbp
+import torchbp.functional as F
 from scripts import (
     reliability,
     reliability_accuracy,
@@ -607,7 +609,7 @@ def test_a_call_of_another_structure_that_is_taken_is_reported(
     real = call.function
 
     def linear(x: Any = None, *rest: Any, **given: Any) -> Tensor:
-        right = {name: make(None, torch.float32) for name, make in call.right.items()}
+        right = {name: make(Random(), torch.float32) for name, make in call.right.items()}
         if rest or given.keys() != right.keys() - {"x"} or x is None:
             return torch.zeros(1)
         return real(x, **given)
@@ -647,9 +649,9 @@ def test_numbers_that_are_taken_from_elsewhere_are_reported(
         y.data[-1] = y.data[0]
         return y
 
-    linear = reliability_large.F.linear
+    linear = F.linear
     if kind == "linear, large output":  # it has no gradient
-        monkeypatch.setattr(reliability_large.F, "linear", last)
+        monkeypatch.setattr(F, "linear", last)
     monkeypatch.setattr(torch.autograd, "grad", wrapped)
     (line,) = figure.measure(piece)["failures"]
     assert line.startswith(f"{kind}: the ")

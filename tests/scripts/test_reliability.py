@@ -53,7 +53,7 @@ from tests.ops import DTYPES
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
 
 #: What does not hold yet: figure -> how its lines begin.
-#: tanh: 1 - y * y near y = 1, rounded twice where there is no fused multiply-add.
+#: tanh, and in mlp: 1 - y * y near y = 1, rounded twice where there is no fused multiply-add.
 #: sigmoid: up to 2.3 ulp off, where 2 are allowed.
 #: cross_entropy: rows that are ignored have gradient 0, but NaN under an upstream gradient that is
 #: infinite or NaN.
@@ -69,6 +69,7 @@ KNOWN = {
         "cross_entropy-ignore -100 ",
         "cross_entropy-ignore 1 ",
         "cross_entropy-smoothing weight ignore ",
+        "mlp-tanh in float32, baseline, gradient",
     ),
 }
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import torchbp.functional as F
+from tests.layouts import LAYOUTS, broadcast_pairs, laid_out, normal, seeds, shapes, sizes
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ANY_DTYPE = (*FLOATS, torch.int64, torch.uint8, torch.bool, torch.complex64)
@@ -32,34 +33,17 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 
-sizes = st.sampled_from([0, 1, 1, 2, 2, 3, 5])
-shapes = st.lists(sizes, max_size=4).map(tuple)
 floats = st.sampled_from(FLOATS)
 Draw = Callable[[Any], Any]
 #: mostly one dtype for all tensors of a call, sometimes each its own
 dtypes_of_a_call = st.one_of(floats, floats, floats, st.none())
-seeds = st.integers(0, 2**16)
-layouts = st.sampled_from(["plain", "plain", "transposed", "strided", "expanded", "offset"])
+layouts = st.sampled_from(["plain", *LAYOUTS])
 
 
 def tensor(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
     """A tensor of random strides; `dtype` None: of a random dtype."""
-    generator = torch.Generator().manual_seed(draw(seeds))
-    kind = dtype or draw(st.sampled_from(ANY_DTYPE))
-    layout = draw(layouts)
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
-
-    if layout == "transposed" and shape:
-        return values(*shape[::-1]).permute(*range(len(shape) - 1, -1, -1))
-    if layout == "strided" and shape:
-        return values(*shape[:-1], 2 * shape[-1])[..., ::2]
-    if layout == "expanded" and shape:
-        return values(1, *shape[1:]).expand(shape)
-    if layout == "offset" and shape:
-        return values(shape[0] + 1, *shape[1:])[1:]
-    return values(*shape)
+    values = normal(draw(seeds), dtype or draw(st.sampled_from(ANY_DTYPE)))
+    return laid_out(draw(layouts), shape, values)
 
 
 def leaves(inputs: list[Any], requires_grad: bool) -> list[Any]:
@@ -178,20 +162,6 @@ def test_with_number(
         return other_dtypes(inputs) or isinstance(number, str | bool | complex | list)
 
     check(ours, theirs, [x, number], data.draw(st.booleans()), may_refuse)
-
-
-@st.composite
-def broadcast_pairs(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two shapes that mostly broadcast."""
-    full = draw(shapes)
-    if draw(st.integers(0, 5)) == 0:
-        return full, draw(shapes)
-
-    def part() -> tuple[int, ...]:
-        kept = full[draw(st.integers(0, len(full))) :]
-        return tuple(1 if draw(st.booleans()) and draw(st.booleans()) else size for size in kept)
-
-    return part(), part()
 
 
 @pytest.mark.parametrize(("ours", "theirs"), BINARY.values(), ids=BINARY)

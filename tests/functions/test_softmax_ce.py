@@ -243,12 +243,13 @@ def test_accumulates(logits: Logits) -> None:
 
 
 def test_upstream_gradients(logits: Logits) -> None:
-    """Any upstream gradient scales; nan and inf come through."""
-    x, target, grad = logits
+    """Any upstream gradient scales; nan and inf come through as in PyTorch."""
+    x, target, _ = logits
     for upstream in (0.0, -2.5, torch.inf, torch.nan):
         dloss = torch.tensor(upstream, dtype=torch.float64)
         (mine,) = torch.autograd.grad(F.cross_entropy(x, target), x, dloss)
-        assert_same(mine, grad * upstream)
+        (theirs,) = torch.autograd.grad(TF.cross_entropy(x, target), x, dloss)
+        assert_same(mine, theirs)
 
 
 def test_batched_upstream_gradients(logits: Logits) -> None:
@@ -286,3 +287,16 @@ def test_checkpointed(logits: Logits) -> None:
     loss = torch.utils.checkpoint.checkpoint(F.cross_entropy, x, target, use_reentrant=False)
     loss.backward()
     assert_same(x.grad, grad)
+
+
+@pytest.mark.parametrize("upstream", [torch.inf, -torch.inf, torch.nan])
+def test_ignored_rows_have_no_gradient_whatever_arrives(upstream: float) -> None:
+    """0 on the ignored row, as PyTorch has it, and what PyTorch has on the other."""
+    target = torch.tensor([-100, 1])
+    grads = []
+    for function in (F.cross_entropy, TF.cross_entropy):
+        input = torch.tensor([[0.5, 1, 2], [3, -1, 0]]).requires_grad_()
+        (function(input, target) * upstream).backward()
+        grads.append(input.grad)
+    assert (grads[0][0] == 0).all()
+    torch.testing.assert_close(*grads, equal_nan=True, rtol=0, atol=0)

@@ -4,13 +4,21 @@ if what it depends on has changed; what is wrong is reported.
 
 from __future__ import annotations
 
+import ctypes
+import inspect
+import itertools
+import mmap
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,20 +26,29 @@ import torch
 from torch import Tensor
 
 import torchbp
+import torchbp.functional as F
 from scripts import (
     reliability,
     reliability_accuracy,
     reliability_determinism,
     reliability_frame,
+    reliability_fuzz,
+    reliability_large,
+    reliability_leaks,
     reliability_malformed,
     reliability_specials,
 )
 from scripts.reliability_accuracy import Accuracy
+from scripts.reliability_bounds import Bounded, exact, where
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Piece, Result, State, key_of, run
+from scripts.reliability_fuzz import Fuzz
+from scripts.reliability_large import Large
+from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
 from scripts.reliability_specials import Specials
 from tests.compare import ulps_off
+from tests.ops import DTYPES
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
 
 #: What does not hold yet: figure -> how its lines begin.
@@ -344,6 +361,114 @@ def test_the_pieces_cover_every_number_once() -> None:
     assert sorted(whole.view(torch.int16).tolist()) == list(range(-(2**15), 2**15))
 
 
+# ---- fuzz ----------------------------------------------------------------------------------------
+
+
+Fault = Callable[[Tensor, list[Tensor], Tensor], Any]
+
+
+def of_transposed(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """A gradient off by a millionth where the input is transposed."""
+    if grads and not x.is_contiguous() and x.dtype == torch.float32:
+        grads[0] *= 1 + 1e-6
+
+
+def of_threads(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """One number missing, where several threads share the work."""
+    if torch.get_num_threads() > 1 and y.numel() > 32768:
+        y.view(-1)[-1] = 0
+
+
+def of_halves(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """The next number."""
+    if x.dtype == torch.bfloat16:
+        y.view(torch.int16).sub_(1)
+
+
+def of_one_row(y: Tensor, grads: list[Tensor], x: Tensor) -> None:
+    """Nothing, where there is one row."""
+    if x.dim() > 1 and x.shape[0] == 1:
+        y.zero_()
+
+
+@pytest.mark.parametrize(
+    ("op", "fault", "said"),
+    [
+        ("tanh", of_transposed, "tanh in float32: gradient 0"),
+        ("exp", of_threads, "exp in "),
+        ("leaky_relu", of_halves, "leaky_relu in bfloat16: the output"),
+        ("matmul", of_one_row, "matmul in "),
+        ("cross_entropy", of_transposed, "cross_entropy in float32: gradient 0"),
+    ],
+)
+def test_a_call_that_is_wrong_is_found_and_one_line_repeats_it(
+    op: str,
+    fault: Fault,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    piece: Piece = {"op": op, "level": None, "seed": 0, "cases": 300}
+    real = reliability_fuzz.run
+
+    def run_that_is_wrong(
+        function: Any, inputs: list[Tensor], upstream: Any, free: list[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        y, grads = real(function, inputs, upstream, free)
+        if inputs[0].dtype != torch.float64:  # as the reference is
+            fault(y, grads, inputs[0])
+        return y, grads
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reliability_fuzz, "run", run_that_is_wrong)
+        (line,) = Fuzz().measure(piece)["failures"]
+        assert line.startswith(said)
+        assert "\n" not in line
+        command = shlex.split(line[line.index("TORCHBP_CPU=") :])
+        assert command[1:4] == ["python", "-m", "scripts.reliability_fuzz"]
+        assert reliability_fuzz.main(command[4:]) == 1
+        assert capsys.readouterr().out.strip() in line
+    assert reliability_fuzz.main(command[4:]) == 0
+    assert capsys.readouterr().out == "right\n"
+
+
+def test_the_command_of_a_piece_prints_each_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """So that the one that ends the process is known."""
+    piece = '{"op": "relu", "level": null, "seed": 0, "cases": 3}'
+    assert reliability_fuzz.main([piece]) == 0
+    *cases, last = capsys.readouterr().out.splitlines()
+    assert last == "right"
+    assert len(cases) == 3
+    assert all(" python -m scripts.reliability_fuzz '{" in line for line in cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_are_within_their_bounds_and_bounds_near_the_errors(dtype: torch.dtype) -> None:
+    """The same formulas in PyTorch's float32 and rounded, and with their bounds."""
+    a, b = (torch.randn(40, 70).to(dtype), torch.randn(70, 40).to(dtype))
+
+    def formula(a: Any, b: Any) -> list[Any]:
+        products = a.matmul(b)
+        return [a * a + a, products, 1 / (1 + (-abs(a)).exp()), a.tanh(), a.sum((1,)), a - a / 3]
+
+    for got, bound in zip(formula(a.float(), b.float()), formula(exact(a), exact(b)), strict=True):
+        kept = bound.stored()
+        off = (got.to(dtype).double() - kept.value).abs()
+        assert bool((off <= kept.error).all())
+        # Sums rarely come near their worst case, which grows as their length does.
+        assert float((off / kept.error).nan_to_num().max()) > 0.004  # 0 / 0: exact
+
+
+def test_a_comparison_that_errors_leave_open_takes_both_branches() -> None:
+    x = Bounded(
+        torch.tensor([1e-9, 1.0]).double(), torch.tensor([1e-8, 1e-8]).double(), torch.float32
+    )
+    y = where(x > 0, x * 0.0 + 5.0, x * 0.0 - 2.0)
+    assert y.value.tolist() == [5.0, 5.0]
+    assert y.error[0] >= 7
+    assert y.error[1] < 1e-5
+
+
 # ---- determinism ---------------------------------------------------------------------------------
 
 
@@ -395,6 +520,29 @@ def test_a_nan_that_is_lost_is_reported_and_a_sign_listed(monkeypatch: pytest.Mo
     assert "| forward | float32 | avx2 |" in figure.tables([(piece, result)])[1]
 
 
+@pytest.mark.parametrize("fault", [torch.nan, 1.0])
+def test_a_product_that_loses_or_makes_nan_is_reported(
+    monkeypatch: pytest.MonkeyPatch, fault: float
+) -> None:
+    figure = Specials()
+    piece = {"call": "matmul-matrices", "dtype": "float32", "level": "avx2"}
+    case = reliability_specials.PRODUCTS["matmul-matrices"]
+
+    def wrong(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.matmul(x, w)
+        at = y.isnan() if fault == 1 else y.isinf() | (y.abs() > 1e30)
+        of_rows = at.any(1, keepdim=True).expand_as(y)
+        return torch.where(of_rows & (x.dtype == torch.float32), fault, y)
+
+    assert figure.measure(piece) == {"differences": [], "failures": []}
+    monkeypatch.setitem(reliability_specials.PRODUCTS, "matmul-matrices", replace(case, ours=wrong))
+    result = figure.measure(piece)
+    start = "matmul-matrices in float32, avx2, forward(0, 0): "
+    assert any(line.startswith(start) for line in result["failures"])
+    said = figure.tables([(piece, result)])[1]
+    assert "| forward, input 0 | float32 | avx2 |" in said
+
+
 # ---- malformed calls -----------------------------------------------------------------------------
 
 
@@ -404,7 +552,8 @@ def relu_that(fault: str) -> Any:
 
     def relu(x: Any) -> Tensor:
         nonlocal spoilt
-        if isinstance(x, Tensor) and x.layout == torch.strided and x.is_floating_point():
+        dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+        if dense and x.dtype in DTYPES:
             return torch.relu(x) + spoilt
         if fault == "is taken":
             return torch.zeros(())
@@ -427,4 +576,133 @@ def test_a_bad_answer_to_a_malformed_call_is_reported(
     monkeypatch.setattr(reliability_malformed, "MALFORMED", {"relu": call})
     result = Malformed().measure({"seed": 3})
     assert bool(result["failures"]) == bool(fault)
-    assert all(fault in line and ", seed 3: x=" in line for line in result["failures"])
+    assert all(fault in line and ", seed 3: " in line for line in result["failures"])
+
+
+@pytest.mark.parametrize("structure", reliability_malformed.STRUCTURES)
+def test_a_call_of_another_structure_that_is_taken_is_reported(
+    monkeypatch: pytest.MonkeyPatch, structure: Any
+) -> None:
+    """By an operation that takes whatever it is given."""
+    call = reliability_malformed.MALFORMED["linear"]
+    monkeypatch.setattr(reliability_malformed, "STRUCTURES", [structure])
+    monkeypatch.setattr(reliability_malformed, "MALFORMED", {"linear": call})
+    assert Malformed().measure({"seed": 0})["failures"] == []
+    real = call.function
+
+    def linear(x: Any = None, *rest: Any, **given: Any) -> Tensor:
+        right = {name: make(Random(), torch.float32) for name, make in call.right.items()}
+        if rest or given.keys() != right.keys() - {"x"} or x is None:
+            return torch.zeros(1)
+        return real(x, **given)
+
+    linear.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
+    monkeypatch.setattr(call, "function", linear)
+    lines = Malformed().measure({"seed": 0})["failures"]
+    if structure is reliability_malformed.twice:  # what Python itself sees to
+        assert lines == []
+    else:
+        assert lines
+        assert all(line.endswith(": is taken") for line in lines)
+
+
+# ---- large index ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", reliability_large.KINDS)
+def test_numbers_that_are_taken_from_elsewhere_are_reported(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As an index that overflows would: the last numbers are those from the beginning."""
+    figure = Large()
+    piece = {"kind": kind, "elements": 2**19}
+    assert figure.measure(piece)["failures"] == []
+    real = torch.autograd.grad
+
+    def wrapped(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        grads = real(*arguments, **options)
+        for flat in (grad.view(-1) for grad in grads):
+            half = len(flat) // 2
+            flat[-half:] = flat[:half].clone()
+        return grads
+
+    def last(*arguments: Any, **options: Any) -> Tensor:
+        y = linear(*arguments, **options)
+        y.data[-1] = y.data[0]
+        return y
+
+    linear = F.linear
+    if kind == "linear, large output":  # it has no gradient
+        monkeypatch.setattr(F, "linear", last)
+    monkeypatch.setattr(torch.autograd, "grad", wrapped)
+    (line,) = figure.measure(piece)["failures"]
+    assert line.startswith(f"{kind}: the ")
+
+
+def test_what_is_compared_reaches_the_end() -> None:
+    for n, size in ((2**31 + 2**24, 1), (2**21 + 2**14, 1024), (214_000_000, 10), (100, 1)):
+        parts = reliability_large.places(n, size)
+        assert parts[0].start == 0
+        assert parts[-1].stop == n
+        behind = [part for part in parts if part.stop * size > n * size - 2**24]
+        assert behind[0].start * size <= max(0, n * size - 2**24)
+        assert all(a.stop == b.start for a, b in pairwise(behind))
+
+
+# ---- leaks ---------------------------------------------------------------------------------------
+
+kept: list[Any] = []
+
+
+def keep_an_object(number: int) -> None:
+    kept.append([])
+
+
+def keep_a_tensor(number: int) -> None:
+    kept.append(torch.empty(1))
+
+
+def allocate(number: int) -> None:
+    """16 bytes, in one of five calls."""
+    if number % 5 == 0:
+        ctypes.CDLL(None).malloc(16)
+
+
+def keep_an_error(number: int) -> None:
+    try:
+        raise ValueError
+    except ValueError as error:
+        kept.append(error)
+
+
+def map_pages(number: int) -> None:
+    """Memory that comes neither from malloc nor from Python."""
+    if number % 5 == 0:
+        pages = mmap.mmap(-1, 4096 * 8)
+        pages.write(b"x" * 4096 * 8)
+        kept.append(pages)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda number: None, ""),
+        (keep_an_object, "objects a call"),
+        (keep_a_tensor, "bytes of malloc a call"),
+        (allocate, "bytes of malloc a call"),
+        (keep_an_error, "objects a call"),
+        (map_pages, "resident bytes a call"),
+    ],
+)
+def test_a_leak_is_reported(fault: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process of the same size as one that leaks nothing."""
+    numbers = itertools.count()
+    monkeypatch.setitem(
+        reliability_leaks.KINDS, "forward", lambda op: [lambda: fault(next(numbers))]
+    )
+    piece = {"op": "relu", "kind": "forward", "calls": 1000}
+    lines = Leaks().measure(piece)["failures"]
+    kept.clear()
+    assert bool(lines) == bool(said)
+    assert said in " ".join(lines)
+    assert all(line.startswith("relu, forward: ") for line in lines)

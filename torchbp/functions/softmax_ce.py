@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -251,13 +252,17 @@ class Eager(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, gradient = ctx.saved_tensors
-        if not fast_backward(grad_loss):
+        again = not fast_backward(grad_loss)
+        known = not (again or is_traced() or type(grad_loss) is not Tensor)
+        factor = grad_loss.item() if known else 1.0
+        # An ignored row has gradient 0 whatever arrives, which 0 times infinity is not.
+        if again or not math.isfinite(factor):
             with torch.enable_grad():
                 loss, *_ = SoftmaxCE.apply(input, target, weight, *ctx.options)
-                (gradient,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
-        elif is_traced() or type(grad_loss) is not Tensor or _keeps_graph():
+                (gradient,) = torch.autograd.grad(loss, input, grad_loss, create_graph=again)
+        elif not known or _keeps_graph():
             gradient = gradient * grad_loss  # the gradient may be wanted once more
-        elif grad_loss.item() != 1:
+        elif factor != 1:
             gradient.mul_(grad_loss)
         return gradient, *[None] * 5
 

@@ -97,8 +97,9 @@ void batch_rows(const Batch& b, int64_t begin, int64_t end) {
     T* const out = static_cast<T*>(b.out) + i * b.channels * area;
     for (int64_t c = 0; c < b.channels; ++c) {
       // Shuffled images lie anywhere in memory: the next is fetched while this one is worked on, a channel at a time,
-      // as more lines than a core has on order at once would hold up everything else.
-      for (int64_t k = 0; k < area; k += 64) __builtin_prefetch(next + c * area + k);
+      // as more lines than a core has on order at once would hold up everything else; and to L2, as what waits to enter
+      // L1 would hold up the stores (a fifth of the time).
+      for (int64_t k = 0; k < area; k += 64) __builtin_prefetch(next + c * area + k, 0, 2);
       plane(b, image + c * b.strides[1], out + c * area, flip, down, right, static_cast<C>(b.scale[c]),
             static_cast<C>(b.offset[c]));
     }

@@ -39,7 +39,8 @@ EDITABLE := $(call stamp,editable,$(PACKAGES),setup.py pyproject.toml torchbp/ve
 check    = $(call stop,$(shell sh scripts/check_environment $(1)))
 stop     = $(if $(1),$(error $(1)))
 
-.PHONY: help build train test bench reliability lint format lock clean distclean torch-imports
+.PHONY: help build train test bench reliability asan ubsan tsan sanitizer \
+    torch-versions lint format lock clean distclean torch-imports
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +59,19 @@ bench: build $(BENCH)  ## install JAX, time everything against it and torch: mak
 
 reliability: build  ## measure how far it can be relied on (hours; goes on where it stopped), write RELIABILITY.md
 	@$(BIN)/python scripts/reliability.py $(ARGS)
+
+asan: SANITIZER = address
+asan: sanitizer  ## the op tests on a build with AddressSanitizer (build/trees/address)
+
+ubsan: SANITIZER = undefined
+ubsan: sanitizer  ## the same with UndefinedBehaviorSanitizer
+
+tsan: SANITIZER = thread
+tsan: sanitizer  ## the same with ThreadSanitizer, on 2 and on 4 threads
+
+sanitizer: build
+	@$(BIN)/python -m scripts.reliability_tree $(SANITIZER)
+	@$(BIN)/python scripts/reliability.py --only sanitizers:$(SANITIZER) $(ARGS)
 
 lint: $(PACKAGES)  ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet --output-format concise

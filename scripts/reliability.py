@@ -41,6 +41,7 @@ from scripts.reliability_accuracy import Accuracy
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Measured, Piece, State, key_of, run
 from scripts.reliability_malformed import Malformed
+from scripts.reliability_sanitizers import Sanitizers
 from scripts.reliability_specials import Specials
 from torchbp.train import write_file
 
@@ -48,7 +49,9 @@ PAGE = ROOT / "RELIABILITY.md"
 STATE = ROOT / ".reliability"
 
 #: In the order of the page.
-FIGURES: tuple[Figure, ...] = (Accuracy(), Determinism(), Specials(), Malformed())
+FIGURES: tuple[Figure, ...] = (
+    Accuracy(), Determinism(), Specials(), Malformed(), Sanitizers(),
+)  # fmt: skip
 
 
 def chosen(figure: Figure, state: State, fraction: float) -> tuple[list[Piece], Measured, str]:

@@ -41,8 +41,10 @@ from scripts.reliability_accuracy import Accuracy
 from scripts.reliability_determinism import Determinism
 from scripts.reliability_frame import ROOT, Figure, Measured, Piece, State, key_of, run
 from scripts.reliability_malformed import Malformed
+from scripts.reliability_mutation import Mutation
 from scripts.reliability_sanitizers import Sanitizers
 from scripts.reliability_specials import Specials
+from scripts.reliability_versions import Versions
 from torchbp.train import write_file
 
 PAGE = ROOT / "RELIABILITY.md"
@@ -50,7 +52,7 @@ STATE = ROOT / ".reliability"
 
 #: In the order of the page.
 FIGURES: tuple[Figure, ...] = (
-    Accuracy(), Determinism(), Specials(), Malformed(), Sanitizers(),
+    Accuracy(), Determinism(), Specials(), Malformed(), Sanitizers(), Mutation(), Versions(),
 )  # fmt: skip
 
 
@@ -233,7 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{figure.name}: not run: {why}", file=sys.stderr)
             continue
         lines = state.lines(figure)
-        work += [(figure, piece) for piece in own if key_of(piece) not in lines]
+        left = [piece for piece in own if key_of(piece) not in lines]
+        hindered = [why for why in map(figure.obstacle, left) if why]
+        for why in dict.fromkeys(hindered):
+            print(f"{figure.name}: {hindered.count(why)} not run: {why}", file=sys.stderr)
+        work += [(figure, piece) for piece in left if not figure.obstacle(piece)]
     before = {
         name: len(own) - sum(figure.name == name for figure, _ in work)
         for name, own in wanted.items()

@@ -1,9 +1,9 @@
 """A process that runs tests against mutants: it imports what is slow once, and forks for each.
 
-    python -m scripts.reliability_killer [native]     # requests on stdin, answers on stdout, one line each
+    python -m scripts.reliability_killer [native]     # a request a line on stdin, answers on stdout
 
-It runs in the folder of the copy whose tests it runs (reliability_tree.py). With `native` it imports
-torchbp as well: a check in C++ asks which mutant lives each time that it is passed.
+It runs in the folder of the copy whose tests it runs (reliability_tree.py). With `native` it
+imports torchbp as well: a check in C++ asks which mutant lives each time that it is passed.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(mutant: dict[str, Any] | None, number: int, tests: list[str]) -> dict[st
             try:
                 os.setpgid(0, 0)
                 status = child(mutant, number, tests, output.fileno())
+                sys.stdout.flush()
             finally:
                 os._exit(status)
         status = wait(process)

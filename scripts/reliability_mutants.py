@@ -27,7 +27,15 @@ from typing import Any
 
 from scripts.reliability_tree import ROOT, Tree
 
-__all__ = ["Mutant", "conditions", "mutants", "native_tree", "plant", "python_mutants", "table_rows"]
+__all__ = [
+    "Mutant",
+    "conditions",
+    "mutants",
+    "native_tree",
+    "plant",
+    "python_mutants",
+    "table_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,12 @@ def replacements(node: ast.expr, arithmetic: bool) -> Iterator[ast.expr]:
             kept = [*node.values[:i], *node.values[i + 1 :]]
             yield kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
         yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        if not isinstance(node.operand, ast.Constant) or arithmetic:
-            yield node.operand
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.Not | ast.USub)
+        and (arithmetic or not isinstance(node.operand, ast.Constant))
+    ):
+        yield node.operand
     if not arithmetic:
         return
     if isinstance(node, ast.BinOp):
@@ -360,12 +371,20 @@ CXX_COMPARISONS = {"==": "!=", "!=": "==", "<=": "<", ">=": ">", "<": "<=", ">":
 def cxx_variants(text: str) -> Iterator[str]:
     """What a condition could be instead: dropped, negated, a part dropped, a comparison changed."""
     flat = " ".join(text.split())
+    if flat == "false":
+        return  # the end of a search: without it there is no program
     yield "true"
-    if flat != "false":
-        parts = list(cxx_parts(flat, lambda new: new))
-        if not any(part.startswith(flat.split(" ")[0]) and " != " in part for part in parts):
-            yield f"!({flat})"
-        yield from parts
+    yield f"!({flat})"
+    # Of an equality alone, that is the same.
+    yield from (other for other in cxx_parts(flat, lambda new: new) if other != inverse(flat))
+
+
+def inverse(text: str) -> str:
+    """An equality that is a whole condition, as its opposite; other conditions as they are."""
+    sides = split(text, (" == ", " != ", "&&", "||", "?"))
+    if len(sides) != 2 or sides[1][1] not in (" == ", " != "):
+        return text
+    return f"{sides[0][0]} {CXX_COMPARISONS[sides[1][1].strip()]} {sides[1][0]}"
 
 
 def cxx_parts(text: str, rebuild: Callable[[str], str]) -> Iterator[str]:
@@ -377,7 +396,9 @@ def cxx_parts(text: str, rebuild: Callable[[str], str]) -> Iterator[str]:
         if len(parts) > 1:
             for i, part in enumerate(parts):
 
-                def with_part(new: str, i: int = i, parts: list[str] = parts) -> str:
+                def with_part(
+                    new: str, i: int = i, parts: list[str] = parts, joint: str = joint
+                ) -> str:
                     return rebuild(f" {joint} ".join([*parts[:i], new, *parts[i + 1 :]]))
 
                 yield with_part(neutral)
@@ -572,7 +593,7 @@ def plant(mutant: Mutant) -> None:
             return planted_code(path.read_text(), str(path), mutant)
         return real(self, name)
 
-    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
 
 
 def mutants() -> list[Mutant]:

@@ -1,6 +1,7 @@
 """Copies of the whole project, built in another way: with a sanitizer, or with every mutant in it.
 
     python -m scripts.reliability_tree address     # build/trees/address: make asan, ubsan, tsan
+    python -m scripts.reliability_tree mutants     # reliability_mutants.py: make mutants
 
 A copy holds the sources, tests and scripts as they are now and an extension of its own, so that the
 one in use is not touched and its tests run as they always do. Only what has changed is copied and
@@ -14,9 +15,9 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -158,12 +159,18 @@ def sanitizer_tree(sanitizer: str) -> Tree:
 
 
 def main(names: list[str]) -> int:
+    from scripts.reliability_mutants import native_tree  # which imports this module
+
+    trees: dict[str, Callable[[], Tree]] = {
+        name: partial(sanitizer_tree, name) for name in SANITIZERS
+    }
+    trees["mutants"] = native_tree
     for name in names:
-        if name not in SANITIZERS:
-            print(f"wants some of {', '.join(SANITIZERS)}, got {name!r}", file=sys.stderr)
+        if name not in trees:
+            print(f"wants some of {', '.join(trees)}, got {name!r}", file=sys.stderr)
             return 2
         try:
-            sanitizer_tree(name).build()
+            trees[name]().build()
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1

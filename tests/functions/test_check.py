@@ -279,6 +279,20 @@ def requiring_grad(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, name: value}
 
 
+#: Products with a vector, which torchbp.functional lays out as a matrix.
+VECTORS = [((), (3,)), ((3,), ()), ((3, 2), (3,)), ((2, 3), (2,)), ((2,), (3, 2)), ((3,), (2, 3)),
+           ((3,), (2,))]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes", VECTORS, ids=str)
+def test_vectors_that_do_not_fit(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """The message has the shapes as they were given."""
+    x, w = map(torch.ones, shapes)
+    wanted = "matmul: x and w want shapes (..., N, D) and (..., D, M), "
+    with pytest.raises(ValueError, match=re.escape(f"{wanted}got {shapes[0]} and {shapes[1]}")):
+        F.matmul(x, w)
+
+
 def raises(row: Bad, call: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (its exact type is asserted below)
         call()

@@ -233,9 +233,7 @@ def of_cross_entropy() -> list[Wrong]:
         for bad, row in ((3, 1), (-1, 1), (2**40, 1)):
             target = torch.tensor([0, bad])
             found.append(wrong(good, f"target {bad} in row {row} is out of range", target=target))
-        found.append(
-            wrong(good, "target 7 in row 0 is out of range", target=torch.tensor([7, 0]))
-        )
+        found.append(wrong(good, "target 7 in row 0 is out of range", target=torch.tensor([7, 0])))
     found.append(wrong(CE_GRADIENT, r"reduction wants 1 \(mean\) or 2 \(sum\), got 0", reduction=0))
     good = CE_BACKWARD
     found += [

@@ -6,23 +6,23 @@
   changed.
 
 Mutants of C++ are compiled into one extension, all of them, in a copy of the project
-(`native_tree`); which one lives is said by `TORCHBP_MUTANT` when a process begins. Those of Python
-are made as the module is imported (`plant`).
+(`native_tree`); which one lives is said by `TORCHBP_MUTANT` when a process begins, or by `plant`.
+Those of Python are functions compiled anew.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import importlib.machinery
+import ctypes
+import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from scripts.reliability_tree import ROOT, Tree
@@ -574,26 +574,53 @@ def python_mutants() -> list[Mutant]:
     return found
 
 
-def planted_code(text: str, path: str, mutant: Mutant) -> CodeType:
-    """A module's code with a mutant in it."""
-    finder = Finder(mutant.place.partition(":")[0], mutant)
+def planted_code(text: str, mutant: Mutant) -> CodeType:
+    """The code of the function that a mutant is in, with the mutant."""
+    path, _, names = mutant.place.partition(":")
+    finder = Finder(path, mutant)
     tree = ast.fix_missing_locations(finder.visit(ast.parse(text)))
     if mutant not in finder.found:
         raise ValueError(f"no such mutant: {mutant}")
-    return compile(tree, path, "exec")
+    code = compile(tree, path, "exec", dont_inherit=True)
+    for name in names.split("."):
+        code = next(
+            part for part in code.co_consts if isinstance(part, CodeType) and part.co_name == name
+        )
+    return code
 
 
-def plant(mutant: Mutant) -> None:
-    """Make a mutant of Python alive in whatever this process imports from now on."""
-    path = Path(ROOT, mutant.place.partition(":")[0])
-    real = importlib.machinery.SourceFileLoader.get_code
+def plant(mutant: Mutant, number: int = 0) -> None:
+    """Make a mutant alive in this process, in which torchbp is imported."""
+    import torchbp
 
-    def get_code(self: Any, name: str) -> CodeType | None:
-        if Path(self.path) == path:
-            return planted_code(path.read_text(), str(path), mutant)
-        return real(self, name)
+    if mutant.kind == "python":
+        plant_in_python(mutant)
+        return
+    library = ctypes.CDLL(torchbp._C.__file__)
+    ctypes.c_int.in_dll(library, "torchbp_mutant").value = number
+    os.environ["TORCHBP_MUTANT_NUMBER"] = str(number)  # in a process that a test starts
+    if mutant.kind == "row":
+        os.environ["TORCHBP_MUTANT"] = json.dumps(asdict(mutant))
+        changed = {row["name"]: row for row in table_rows()}
+        row = torchbp.ROWS[mutant.place.partition(".")[0]]
+        parsed = type(row).parse(changed[row.name])
+        for name in ("columns", "code"):  # whoever holds the row has it
+            object.__setattr__(row, name, getattr(parsed, name))
 
-    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
+
+def plant_in_python(mutant: Mutant) -> None:
+    path, _, name = mutant.place.partition(":")
+    module = path.removesuffix(".py").replace("/", ".")
+    code, found = planted_code((ROOT / path).read_text(), mutant), 0
+    for thing in gc.get_objects():
+        if (
+            isinstance(thing, FunctionType)
+            and thing.__module__ == module
+            and thing.__qualname__.replace(".<locals>", "") == name
+        ):
+            thing.__code__, found = code, found + 1
+    if not found:
+        raise ValueError(f"no function {name} in {module}")
 
 
 def mutants() -> list[Mutant]:

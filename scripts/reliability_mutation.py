@@ -34,22 +34,23 @@ __all__ = ["EQUIVALENT", "STAGES", "Mutation"]
 EQUIVALENT: dict[str, str] = {}
 
 _RAW = "tests/functions/test_raw.py"
-_OPS = ["tests/functions/test_table.py", "tests/test_functional.py"]
+_TABLE = "tests/functions/test_table.py"
 _NOT_COMPILED = "not compile and not export and not inductor and not fresh"
 
-#: kind, or file of a mutant -> what is run, the fastest first, until something fails.
+#: kind, or file of a mutant -> what is run, the fastest first, until something fails. Of the first
+#: of a row's, only what names the row.
 STAGES: dict[str, list[list[str]]] = {
     "row": [
-        ["tests/functions/test_table.py", "--deselect",
-         "tests/functions/test_table.py::test_every_column_can_be_evaluated_first_thing_in_a_process"],
-        ["tests/test_functional.py", "-k", "{row}"],
+        [_TABLE, "--deselect",
+         f"{_TABLE}::test_every_column_can_be_evaluated_first_thing_in_a_process"],
+        ["tests/test_functional.py"],
         ["tests/cpu/test_math.py", "tests/test_lecture.py"],
-        ["tests/functions/test_gate.py", "-k", f"{{row}} and {_NOT_COMPILED}"],
-        [*_OPS, "tests/test_fuzz.py", "tests/functions/test_gate.py", "-k", _NOT_COMPILED],
+        ["tests/functions/test_gate.py", "-k", _NOT_COMPILED],
     ],
     "native": [
         [_RAW],
-        [*_OPS, "tests/functions/test_check.py", "-k", "not compiled"],
+        [_TABLE, "tests/test_functional.py", "tests/functions/test_check.py",
+         "-k", "not compiled"],
         ["tests/functions/test_register.py", "tests/functions/test_softmax_ce.py",
          "tests/cpu/test_products.py", "tests/nn", "-k", _NOT_COMPILED],
     ],
@@ -64,55 +65,59 @@ STAGES: dict[str, list[list[str]]] = {
     "csrc/cpu/images.cpp": [
         ["tests/data/test_loader.py", "-k", "bad_arguments"], ["tests/data/test_loader.py"],
     ],
-    "csrc/cpu/backend.cpp": [[_RAW],
-                             ["tests/cpu/test_levels.py", "-k", "unknown or best"],
-                             ["tests/functions/test_softmax_ce.py"],
-                             ["tests/functions/test_check.py", "-k", "not compiled"]],
+    "csrc/cpu/backend.cpp": [
+        [_RAW], ["tests/cpu/test_levels.py", "-k", "unknown or best"],
+        ["tests/functions/test_softmax_ce.py"],
+    ],
     "python": [
         ["tests/functions/test_check.py", "-k", "not compiled"],
-        ["tests/functions/test_softmax_ce.py", "tests/functions/test_register.py",
-         "tests/test_functional.py", "tests/nn"],
-        ["tests/functions/test_check.py", "tests/functions/test_gate.py", "tests/test_fuzz.py",
-         "tests/cpu/test_products.py"],
+        ["tests/test_functional.py", "tests/nn"],
+        ["tests/functions/test_softmax_ce.py", "tests/functions/test_register.py"],
+        ["tests/functions/test_gate.py", "tests/test_fuzz.py", "-k", _NOT_COMPILED],
+        ["tests/functions/test_check.py", "-k", "compiled"],
     ],
 }  # fmt: skip
 
 
-def stages(mutant: Mutant) -> list[list[str]]:
-    """What is run against a mutant."""
-    path = mutant.place.partition(":")[0]
-    row = mutant.place.partition(".")[0]
-    own = STAGES.get(path, STAGES[mutant.kind])
-    return [[word.replace("{row}", row) for word in stage] for stage in own]
+def stages(mutant: Mutant) -> list[tuple[list[str], str]]:
+    """What is run against a mutant: arguments of pytest, and a word that a test's name has."""
+    row = mutant.place.partition(".")[0] if mutant.kind == "row" else ""
+    own = STAGES.get(mutant.place.partition(":")[0], STAGES[mutant.kind])
+    return [(tests, row if row and i == 1 else "") for i, tests in enumerate(own)]
 
 
 class Killer:
-    """The process of reliability_killer.py in a copy of the project."""
+    """A process of reliability_killer.py in a copy of the project, with its tests collected."""
 
-    def __init__(self, tree: Tree, kind: str) -> None:
+    def __init__(self, tree: Tree, tests: list[str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.reliability_killer", kind],
+            [sys.executable, "-m", "scripts.reliability_killer", *tests],
             cwd=tree.folder,
             env=tree.python({"OMP_NUM_THREADS": "1"}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
+        self._answer()
 
-    def run(self, mutant: Mutant | None, tests: list[str]) -> Result:
-        assert self.process.stdin is not None
+    def _answer(self) -> Result:
         assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        answer = dict(json.loads(line)) if line else {"error": "scripts/reliability_killer.py died"}
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def run(self, mutant: Mutant | None, word: str = "") -> Result:
+        """{"killed", "by", "ran"}."""
+        assert self.process.stdin is not None
         number = native_numbers().get(mutant, 0) if mutant is not None else 0
         request = {
-            "mutant": None if mutant is None else asdict(mutant), "number": number, "tests": tests,
+            "mutant": None if mutant is None else asdict(mutant), "number": number, "word": word,
         }  # fmt: skip
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError("scripts/reliability_killer.py died")
-        return dict(json.loads(answer))
+        return self._answer()
 
 
 def python_tree() -> Tree:
@@ -141,18 +146,20 @@ class Mutation(Figure):
     _killers: ClassVar[dict[str, Killer]] = {}
 
     def pieces(self, fraction: float = 1.0) -> list[Piece]:
-        every = mutants() if native_tree().current or fraction == 1 else python_mutants()
-        kinds = list(dict.fromkeys(mutant.kind for mutant in every))
-        # Nothing changed: what fails there, kills nothing.
-        found: list[Piece] = [
-            {"kind": kind, "part": part, "alive": False}
-            for kind in kinds
-            for part in sorted(STAGES)
-            if part == kind or (kind == "native" and part.startswith("csrc"))
-        ]
-        if fraction < 1:
-            step = max(1, round(len(mutants()) * 0.01 / max(fraction, 1e-9) / 2))
-            found, every = [], every[:: max(step, round(1 / fraction))][:3]
+        found: list[Piece]
+        if fraction < 1:  # without a build those of Python alone
+            every = mutants() if native_tree().current else python_mutants()
+            every, found = every[:: round(1 / fraction)], []
+        else:
+            every = mutants()
+            # Nothing changed: what fails there, kills nothing.
+            parts = {kind: [kind] for kind in dict.fromkeys(mutant.kind for mutant in every)}
+            parts["native"] += [part for part in STAGES if part.startswith("csrc")]
+            found = [
+                {"kind": kind, "part": part, "alive": False}
+                for kind, own in parts.items()
+                for part in own
+            ]
         return [
             *found,
             *(
@@ -169,41 +176,38 @@ class Mutation(Figure):
             return "the mutants in C++ are not built: make mutants"
         return None
 
-    def _killer(self, kind: str) -> Killer:
+    def _killer(self, kind: str, tests: list[str]) -> Killer:
         tree = python_tree() if kind == "python" else native_tree()
-        if kind not in self._killers:
+        key = " ".join([str(tree.folder), *tests])
+        if key not in self._killers:
             tree.copy()
             if kind == "python":
                 tree.borrow()
-            self._killers[kind] = Killer(tree, kind)
-        return self._killers[kind]
+            self._killers[key] = Killer(tree, tests)
+        return self._killers[key]
 
     def measure(self, piece: Piece) -> Result:
-        killer = self._killer(piece["kind"])
         if not piece["alive"]:
-            return self._nothing_planted(piece, killer)
+            return self._nothing_planted(piece)
         mutant = Mutant(**{name: piece[name] for name in Mutant.__dataclass_fields__})
         reason = self.equivalent.get(str(mutant))
-        for stage, tests in enumerate(stages(mutant)):
-            found = killer.run(mutant, tests)
-            if found["status"] in (0, 5):  # all passed, or there is none of that name
-                continue
-            if found["status"] in (3, 4) or found["status"] == 70:
-                raise RuntimeError(f"{mutant}: pytest says {found['last']}")
-            by = found["by"] or f"signal {-found['status']}"
-            wrong = [] if reason is None else [f"{mutant}: listed as equivalent, killed by {by}"]
-            return {"killed": True, "by": by, "stage": stage, "failures": wrong}
-        wrong = [] if reason is not None else [f"{mutant}: survives"]
-        return {"killed": False, "by": "", "stage": -1, "failures": wrong}
+        for stage, (tests, word) in enumerate(stages(mutant)):
+            found = self._killer(mutant.kind, tests).run(mutant, word)
+            if found["killed"]:
+                wrong = f"{mutant}: listed as equivalent, killed by {found['by']}"
+                failures = [] if reason is None else [wrong]
+                return {"killed": True, "by": found["by"], "stage": stage, "failures": failures}
+        failures = [] if reason is not None else [f"{mutant}: survives"]
+        return {"killed": False, "by": "", "stage": -1, "failures": failures}
 
-    def _nothing_planted(self, piece: Piece, killer: Killer) -> Result:
-        wrong, passed = [], 0
+    def _nothing_planted(self, piece: Piece) -> Result:
+        failures, ran = [], 0
         for tests in STAGES[piece["part"]]:
-            found = killer.run(None, [word.replace("{row}", "relu") for word in tests])
-            passed += found["passed"]
-            if found["status"] != 0:
-                wrong.append(f"without a mutant, {' '.join(tests)}: {found['by'] or found['last']}")
-        return {"killed": False, "by": "", "stage": -1, "passed": passed, "failures": wrong}
+            found = self._killer(piece["kind"], tests).run(None)
+            ran += found["ran"]
+            if found["killed"]:
+                failures.append(f"without a mutant, {' '.join(tests)}: {found['by']}")
+        return {"killed": False, "by": "", "stage": -1, "ran": ran, "failures": failures}
 
     def failures(self, measured: Measured) -> list[str]:
         known = {str(mutant) for mutant in mutants()}

@@ -10,15 +10,20 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 
 import torchbp
-from scripts import reliability_mutants, reliability_sanitizers, reliability_versions
+from scripts import (
+    reliability_mutants,
+    reliability_mutation,
+    reliability_sanitizers,
+    reliability_versions,
+)
 from scripts.reliability_frame import ROOT
-from scripts.reliability_killer import run as run_against
 from scripts.reliability_mutants import (
     Mutant,
     cells,
@@ -233,17 +238,28 @@ def test_the_table_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 CHECK = "torchbp/functions/check.py"
 
 
+class Here(Tree):
+    """These sources themselves, which a mutant of Python needs no copy of."""
+
+    def __init__(self) -> None:
+        super().__init__("here", {})
+        self.folder = ROOT
+
+
+HERE = Here()
+
+
 def test_a_mutant_of_a_check_in_python() -> None:
     text = (ROOT / CHECK).read_text()
     mutant = Mutant("python", f"{CHECK}:device", "value.device != other.device", "False")
     assert mutant in python_mutants()
-    names: dict[str, Any] = {"__name__": "tried"}
-    exec(planted_code(text, CHECK, mutant), names)
-    names["device"]("op", "b", torch.ones(1, device="meta"), "a", torch.ones(1))
+    device = torchbp.functions.check.device
+    given = "op", "b", torch.ones(1, device="meta"), "a", torch.ones(1)
+    FunctionType(planted_code(text, mutant), {})(*given)
     with pytest.raises(ValueError, match="op: b wants the device of a"):
-        torchbp.functions.check.device("op", "b", torch.ones(1, device="meta"), "a", torch.ones(1))
+        device(*given)
     with pytest.raises(ValueError, match="no such mutant"):
-        planted_code(text, CHECK, Mutant("python", f"{CHECK}:device", "a", "b"))
+        planted_code(text, Mutant("python", f"{CHECK}:device", "a", "b"))
 
 
 def test_killed_and_surviving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,32 +275,29 @@ def test_killed_and_surviving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "def test():\n    with pytest.raises(TypeError):\n        check.integer('op', 'n', 1.5)\n"
     )
     blind.write_text("def test():\n    import torchbp\n")
-    program = (
-        "import json, sys; from scripts.reliability_killer import run\n"
-        "print(json.dumps([run(json.loads(sys.argv[1]), 0, [path]) for path in sys.argv[2:]]))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(asdict(mutant)), str(sees), str(blind)],
-        cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
+    killer = reliability_mutation.Killer(HERE, [str(sees), str(blind)])
+    whole, noticed, missed = (
+        killer.run(None), killer.run(mutant, "test_sees.py"), killer.run(mutant, "test_blind.py"),
     )  # fmt: skip
-    noticed, missed = json.loads(shown.stdout.splitlines()[-1])
-    assert noticed["status"] == 1
+    killer.process.kill()
+    killer.process.communicate()
+    assert (whole["killed"], whole["ran"]) == (False, 2)
+    assert noticed["killed"]
     assert noticed["by"].endswith("test_sees.py::test")
-    assert missed["status"] == 0
+    assert (missed["killed"], missed["ran"]) == (False, 1)
 
     class Answers:
         def __init__(self, answer: dict[str, Any]) -> None:
             self.answer = answer
 
-        def run(self, mutant: Mutant, tests: list[str]) -> dict[str, Any]:
+        def run(self, mutant: Mutant, word: str) -> dict[str, Any]:
             return self.answer
 
     piece = {**asdict(mutant), "part": CHECK, "alive": True}
 
     def failures(answer: dict[str, Any], equivalent: dict[str, str]) -> list[str]:
         figure = Mutation()
-        monkeypatch.setattr(Mutation, "_killer", lambda self, kind: Answers(answer))
+        monkeypatch.setattr(Mutation, "_killer", lambda self, kind, tests: Answers(answer))
         monkeypatch.setattr(Mutation, "equivalent", equivalent)
         return list(figure.measure(piece)["failures"])
 
@@ -292,7 +305,6 @@ def test_killed_and_surviving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert failures(noticed, {}) == []
     assert failures(missed, {}) == [f"{mutant}: survives"]
     assert failures(missed, reason) == []
-    assert failures({**noticed, "status": -11, "by": ""}, {}) == []
     (line,) = failures(noticed, reason)
     assert line.startswith(f"{mutant}: listed as equivalent, killed by ")
 
@@ -306,15 +318,16 @@ def test_the_list_of_equivalents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_runs_against_a_mutant_is_there() -> None:
     for mutant in mutants():
-        for stage in stages(mutant):
+        for stage, _ in stages(mutant):
             for word in stage:
                 if word.startswith("tests/"):
                     assert (ROOT / word.partition("::")[0]).exists(), word
 
 
-def test_pytest_that_cannot_run_kills_nothing(tmp_path: Path) -> None:
-    found = run_against(None, 0, [str(tmp_path / "missing.py")])
-    assert found["status"] == 4  # a usage error, which the figure raises for
+def test_tests_that_cannot_run_kill_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_none.py").write_text("import no_such_module\n")
+    with pytest.raises(RuntimeError, match=r"errors, 0 tests|pytest ended with"):
+        reliability_mutation.Killer(HERE, [str(tmp_path / "test_none.py")])
 
 
 # ---- torch versions ------------------------------------------------------------------------------

@@ -74,6 +74,14 @@ MLP_BACKWARD = right(
     "mlp_backward", dy=ones(2, 2), x=X, weights=[ones(4, 3), ones(2, 4)], saved=[ones(2, 4)],
     activation="relu", parameter=0.0, need_x=True, need_weights=[1, 1], need_biases=[1, 1],
 )  # fmt: skip
+#: With what mlp saved laid out as our own products leave it.
+OWN_BACKWARD = Right(
+    "mlp_backward",
+    tuple(
+        (name, [ones(4, 2).T] if name == "saved" else value)
+        for name, value in MLP_BACKWARD.arguments
+    ),
+)
 #: In float64 the layers run one by one, on PyTorch's products.
 WIDE_MLP = right("mlp", x=DOUBLE, weights=[ones(4, 3).double(), ones(2, 4).double()],
                  biases=[ones(4).double(), ones(2).double()], activation="relu",
@@ -173,6 +181,7 @@ OF_MLP = [
     wrong(MLP, "biases wants none or 2, got 1", biases=[ones(4)]),
     wrong(MLP, "biases wants none or 2, got 3", biases=[ones(4), ones(2), ones(2)]),
     wrong(MLP, f"x {FLOATING}", x=WHOLE),
+    wrong(MLP, f"x {FLOATING}", x=torch.tensor(1)),
     wrong(MLP, r"x wants shape \(..., in_features\), got a number", x=ones()),
     wrong(MLP, "activation wants the name of a unary gate", activation="no such"),
     *(
@@ -192,6 +201,9 @@ OF_MLP = [
     ),
     wrong(MLP_BACKWARD, f"dy {OTHER}", dy=ones(2, 2).double()),
     wrong(MLP_BACKWARD, f"dy {DEVICE}", dy=torch.ones(2, 2, device="meta")),
+    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(2, 3\)", dy=ones(2, 3)),
+    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(3, 2\)", dy=ones(3, 2)),
+    wrong(OWN_BACKWARD, r"saved wants shape \(2, 4\), got \(2, 5\)", saved=[ones(5, 2).T]),
     wrong(MLP_BACKWARD, "wants what mlp returned", saved=[]),
     wrong(MLP_BACKWARD, "wants what mlp returned", saved=[ones(2, 4), ones(2, 4)]),
     wrong(MLP_BACKWARD, "wants what mlp returned", weights=[], saved=[], need_weights=[],
@@ -274,6 +286,28 @@ WRONG = [
     *of_rows(), *of_linear(LINEAR), *of_linear(LINEAR_BACKWARD), *OF_MLP, *of_cross_entropy(),
     *OTHERS,
 ]  # fmt: skip
+
+
+IMAGES: dict[str, Any] = {
+    "images": torch.zeros(2, 3, 4, 5, dtype=torch.uint8), "index": torch.tensor([0, 1]),
+    "flip": None, "shift": None, "scale": [1.0] * 3, "offset": [0.0] * 3, "dtype": torch.float32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": IMAGES["index"].to("meta")}, f"index {DEVICE}"),
+        ({"scale": [1.0], "offset": [0.0]}, "scale and offset want 3 numbers each, got 1 and 1"),
+        ({"offset": [0.0] * 2}, "scale and offset want 3 numbers each, got 3 and 2"),
+        ({"offset": [0.0] * 4}, "scale and offset want 3 numbers each, got 3 and 4"),
+    ],
+)  # fmt: skip
+def test_image_batch(change: dict[str, Any], message: str) -> None:
+    op = torch.ops.torchbp.image_batch.default
+    op.redispatch(CPU, *IMAGES.values())
+    with pytest.raises(RuntimeError, match=f"torchbp::image_batch: {message}"):
+        op.redispatch(CPU, *{**IMAGES, **change}.values())
 
 
 @pytest.mark.parametrize("case", WRONG, ids=str)

@@ -964,6 +964,12 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
     "dimensions": ("sgd", put("xs", torch.ones(3)), "xs wants shape"),
     "width": ("sgd", put("xs", torch.ones(5, 4)), r"xs wants shape \(N, 3\)"),
     "target dtype": ("sgd", put("targets", torch.ones(5)), "targets wants .* int64"),
+    "target dimensions": (
+        "sgd",
+        put("targets", torch.ones(5, 1).long()),
+        "targets wants the shape",
+    ),
+    "vector of weights": ("sgd", put("weights", 0, torch.ones(4)), "follow on one another"),
     "target shape": ("sgd", put("targets", torch.ones(4).long()), "targets wants the shape"),
     "target range": ("sgd", put("targets", torch.full((5,), 2)), "target 2 in row . is out"),
     "no weights": ("sgd", put("weights", []), "weights wants at least one"),

@@ -39,10 +39,11 @@ EDITABLE := $(call stamp,editable,$(PACKAGES),setup.py pyproject.toml torchbp/ve
 check    = $(call stop,$(shell sh scripts/check_environment $(1)))
 stop     = $(if $(1),$(error $(1)))
 
-.PHONY: help build train test bench reliability lint format lock clean distclean torch-imports
+.PHONY: help build train test bench reliability asan ubsan tsan mutants sanitizer \
+    torch-versions lint format lock clean distclean torch-imports
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@printf '\nVariables: %s\n' 'PYTHON=$(PYTHON)  TORCH=$(TORCH)  CXX=$(CXX)  ARGS=  PYTEST_ARGS='
 
 build: $(BUILD) $(EDITABLE)  ## create .venv, install what is pinned, build the extension
@@ -58,6 +59,35 @@ bench: build $(BENCH)  ## install JAX, time everything against it and torch: mak
 
 reliability: build  ## measure how far it can be relied on (hours; goes on where it stopped), write RELIABILITY.md
 	@$(BIN)/python scripts/reliability.py $(ARGS)
+
+asan: SANITIZER = address
+asan: sanitizer  ## the op tests on a build with AddressSanitizer (build/trees/address)
+
+ubsan: SANITIZER = undefined
+ubsan: sanitizer  ## the same with UndefinedBehaviorSanitizer
+
+tsan: SANITIZER = thread
+tsan: sanitizer  ## the same with ThreadSanitizer, on 2 and on 4 threads
+
+mutants: build  ## every fault that the tests have to notice, in one build, then the tests on each (hours)
+	@$(BIN)/python -m scripts.reliability_tree mutants
+	@$(BIN)/python scripts/reliability.py --only mutation $(ARGS)
+
+TORCH_VERSIONS ?= 2.11.0 2.15.0
+torch-versions: build  ## install TORCH_VERSIONS (gigabytes) in build/torch-*, run the op tests on each
+	@for version in $(TORCH_VERSIONS); do \
+	    test -e build/torch-$$version/done && continue; \
+	    echo "Installing torch==$$version in build/torch-$$version"; \
+	    $(BIN)/python -m venv --clear build/torch-$$version || exit 1; \
+	    pip="build/torch-$$version/bin/python -m pip -qq --disable-pip-version-check"; \
+	    $$pip install "torch==$$version" && $$pip install --no-deps -r requirements.txt || exit 1; \
+	    touch build/torch-$$version/done; \
+	done
+	@$(BIN)/python scripts/reliability.py --only versions $(ARGS)
+
+sanitizer: build
+	@$(BIN)/python -m scripts.reliability_tree $(SANITIZER)
+	@$(BIN)/python scripts/reliability.py --only sanitizers:$(SANITIZER) $(ARGS)
 
 lint: $(PACKAGES)  ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet --output-format concise

@@ -7,6 +7,8 @@ Environment:
     TORCHBP_CUDA_ARCHS=90a   compute capabilities, separated by spaces, the newest last: newer GPUs
                              compile it for themselves (default: the GPU at hand, else 80 90)
     TORCHBP_NATIVE=1         let the compiler use all of this machine's instructions everywhere
+    TORCHBP_SANITIZE=address, undefined or thread: with that sanitizer, and a planted bug for it to
+                             find (make asan, ubsan, tsan; such a binary runs nowhere else)
     CUDA_HOME, CXX, MAX_JOBS as in torch.utils.cpp_extension
 """
 
@@ -146,9 +148,32 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+# -O1 keeps the lines of a report right, and the build short.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
+SANITIZERS = {
+    "address": ["-fsanitize=address"],
+    # vptr wants the types of pybind11's hidden classes.
+    "undefined": ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def sanitizer() -> list[str]:
+    """The flags of the sanitizer that was asked for, to compile and to link with."""
+    wanted = os.environ.get("TORCHBP_SANITIZE")
+    if not wanted:
+        return []
+    if wanted not in SANITIZERS:
+        raise SystemExit(f"TORCHBP_SANITIZE wants one of {', '.join(SANITIZERS)}, got {wanted!r}")
+    return SANITIZERS[wanted]
+
+
 def sources() -> list[str]:
     """Every C++ source, relative to the root as setuptools wants them."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    folders = ["csrc", *(["tests/sanitizers"] if sanitizer() else [])]
+    return sorted(
+        str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.cpp")
+    )
 
 
 native = ["-march=native"] if os.environ.get("TORCHBP_NATIVE") == "1" else []
@@ -158,7 +183,10 @@ setup(
             "torchbp._C",
             sources(),
             include_dirs=[*INCLUDES],
-            extra_compile_args={"cxx": [*CXX_FLAGS, *native]},
+            extra_compile_args={
+                "cxx": [*CXX_FLAGS, *native, *(SANITIZED if sanitizer() else []), *sanitizer()]
+            },
+            extra_link_args=sanitizer(),
         )
     ],
     cmdclass={"build_ext": Build},

@@ -44,7 +44,10 @@ from scripts.reliability_fuzz import Fuzz
 from scripts.reliability_large import Large
 from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
+from scripts.reliability_mutation import Mutation
+from scripts.reliability_sanitizers import Sanitizers
 from scripts.reliability_specials import Specials
+from scripts.reliability_versions import Versions
 from torchbp.train import write_file
 
 PAGE = ROOT / "RELIABILITY.md"
@@ -57,8 +60,11 @@ FIGURES: tuple[Figure, ...] = (
     Determinism(),
     Specials(),
     Malformed(),
+    Sanitizers(),
     Large(),
     Leaks(),
+    Mutation(),
+    Versions(),
 )
 
 
@@ -241,7 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{figure.name}: not run: {why}", file=sys.stderr)
             continue
         lines = state.lines(figure)
-        work += [(figure, piece) for piece in own if key_of(piece) not in lines]
+        left = [piece for piece in own if key_of(piece) not in lines]
+        hindered = [why for why in map(figure.obstacle, left) if why]
+        for why in dict.fromkeys(hindered):
+            print(f"{figure.name}: {hindered.count(why)} not run: {why}", file=sys.stderr)
+        work += [(figure, piece) for piece in left if not figure.obstacle(piece)]
     before = {
         name: len(own) - sum(figure.name == name for figure, _ in work)
         for name, own in wanted.items()

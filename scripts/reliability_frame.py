@@ -86,8 +86,8 @@ class Figure(ABC):
         """Where the claim does not hold, a line each."""
         return [line for _, result in measured for line in result["failures"]]
 
-    def obstacle(self) -> str | None:
-        """Why it cannot be measured on this machine now, if it cannot."""
+    def obstacle(self, piece: Piece | None = None) -> str | None:
+        """Why it, or one piece of it, cannot be measured on this machine now, if it cannot."""
         return None
 
 

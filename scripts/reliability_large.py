@@ -205,7 +205,7 @@ class Large(Figure):
     def size(self, piece: Piece) -> int:
         return int(piece["elements"])
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, piece: Piece | None = None) -> str | None:
         free = free_memory()
         if free >= NEEDED:
             return None

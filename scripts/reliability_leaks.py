@@ -189,7 +189,7 @@ class Leaks(Figure):
     def size(self, piece: Piece) -> int:
         return int(piece["calls"])
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, piece: Piece | None = None) -> str | None:
         return None if _mallinfo() is not None else "it needs glibc 2.33, whose malloc counts"
 
     @silent()

@@ -485,3 +485,11 @@ def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     for mine, wanted in zip(results[0], [exact, *exact_grads], strict=True):
         error = torch.linalg.vector_norm(mine.double() - wanted) / torch.linalg.vector_norm(wanted)
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 67])
+def test_the_maximum_of_two_zeros_is_the_second(length: int) -> None:
+    """As max of x86's vectors has it, and so PyTorch; of equals only zeros can be told apart."""
+    zero = torch.zeros(length)
+    assert not F.maximum(-zero, zero).signbit().any()
+    assert F.maximum(zero, -zero).signbit().all()

@@ -279,6 +279,77 @@ def requiring_grad(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, name: value}
 
 
+#: Products with a vector, which torchbp.functional lays out as a matrix.
+VECTORS = [((), (3,)), ((3,), ()), ((3, 2), (3,)), ((2, 3), (2,)), ((2,), (3, 2)), ((3,), (2, 3)),
+           ((3,), (2,))]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes", VECTORS, ids=str)
+def test_vectors_that_do_not_fit(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """The message has the shapes as they were given."""
+    x, w = map(torch.ones, shapes)
+    wanted = "matmul: x and w want shapes (..., N, D) and (..., D, M), "
+    with pytest.raises(ValueError, match=re.escape(f"{wanted}got {shapes[0]} and {shapes[1]}")):
+        F.matmul(x, w)
+
+
+HALF = ones(2, 3) / 2  # class probabilities
+
+#: What a Function's own check refuses, where torchbp.functional or the kernel refuses it as well.
+DIRECT: list[tuple[Callable[..., None], tuple[Any, ...], type[Exception], str]] = [
+    (functions.Exp.check, (ones(2), 1.0), TypeError, "exp: wants x, got 2 arguments"),
+    (functions.Scale.check, (ones(2), "a"), TypeError, "scale: a wants a number, got str"),
+    (functions.L2Penalty.check, (ones(2), 1.0), TypeError, "wants a torch.Tensor, got float"),
+    (check.tensors, ("op", "list", 1.0), TypeError, "op: list wants a list of torch.Tensor"),
+    (check.tensors, ("op", "list", [ones(2).long()]), TypeError, r"op: list\[0\] wants dtype"),
+    (check.tensors, ("op", "list", [ones(2), ones(2).half()]), TypeError, r"the dtype of list\[0\]"),
+    (functions.MLP.check, (ones(2, 3), 1.0, "relu", ones(4, 3)), TypeError, "mlp: layers wants an"),
+    (functions.MLP.check, (ones(2, 3), 2, "relu", ones(4, 3)), ValueError, "mlp: biases wants none"),
+    (functions.MLP.check, (ones(2, 3).long(), 1, "relu", ones(4, 3)), TypeError, "mlp: x wants dtype"),
+    (functions.MLP.check, (1.0, 1, "relu", ones(4, 3)), TypeError, "mlp: x wants a torch.Tensor"),
+    (functions.MatMul.check, (ones(3), ones(3, 4)), ValueError, "matmul: x and w want shapes"),
+    (functions.MatMul.check, (ones(2, 3), ones(3)), ValueError, "matmul: x and w want shapes"),
+    (functions.MatMul.check, (ones(), ones(3, 4)), ValueError, "matmul: x and w want shapes"),
+    (functions.MatMul.check, (ones(2, 2, 3), ones(5, 3, 4)), ValueError, "shapes that broadcast"),
+    (functions.Maxout.check, (ones(2, 3), ones(0, 4, 3)), ValueError, "wants 1 to 256 pieces"),
+    (functions.Maxout.check, (ones(2, 3), ones(257, 4, 3)), ValueError, "wants 1 to 256 pieces"),
+    (functions.SoftmaxCE.check, (ones(2, 3, 4), HALF), ValueError, r"input wants shape \(N, C\)"),
+    (functions.SoftmaxCE.check, (ones(2, 3), HALF, None, 0), ValueError, "got 0 with class prob"),
+    (functions.SoftmaxCE.check, (ones(2, 3), HALF, None, 2**63), ValueError, "wants an int64"),
+    (functions.SoftmaxCE.check, (ones(2, 3), HALF, None, -(2**63) - 1), ValueError, "an int64"),
+    (functions.SoftmaxCE.check, (ones(2, 3), HALF, ones(3).requires_grad_()), ValueError,
+     "weight has no gradient"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), DIRECT)
+def test_check_of_a_function(
+    function: Callable[..., None], arguments: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        function(*arguments)
+
+
+INDICES = torch.tensor([0, 2])
+WITHIN: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+    (functions.MatMul.check, (ones(2, 3), ones(3, 4))),
+    (functions.MatMul.check, (ones(2, 2, 3), ones(1, 3, 4))),
+    (functions.Maxout.check, (ones(2, 3), ones(1, 4, 3))),
+    (functions.Maxout.check, (ones(2, 3), ones(256, 4, 3))),
+    (functions.MLP.check, (ones(2, 3), 1, "relu", ones(4, 3))),
+    (functions.MLP.check, (ones(2, 3), 1, "relu", ones(4, 3), ones(4))),
+    (functions.SoftmaxCE.check, (ones(2, 3), INDICES, ones(3), 2**63 - 1, "sum", 1.0)),
+    (functions.SoftmaxCE.check, (ones(2, 3), INDICES, None, -(2**63), "none", 0.0)),
+    (functions.SoftmaxCE.check, (ones(2, 3), HALF, ones(3), -1, "mean", 0.5)),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), WITHIN)
+def test_check_lets_pass(function: Callable[..., None], arguments: Any) -> None:
+    """The last that is allowed."""
+    function(*arguments)
+
+
 def raises(row: Bad, call: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (its exact type is asserted below)
         call()

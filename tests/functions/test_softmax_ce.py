@@ -293,7 +293,7 @@ def test_checkpointed(logits: Logits) -> None:
 def test_ignored_rows_have_no_gradient_whatever_arrives(upstream: float) -> None:
     """0 on the ignored row, as PyTorch has it, and what PyTorch has on the other."""
     target = torch.tensor([-100, 1])
-    grads = []
+    grads: list[torch.Tensor] = []
     for function in (F.cross_entropy, TF.cross_entropy):
         input = torch.tensor([[0.5, 1, 2], [3, -1, 0]]).requires_grad_()
         grads += torch.autograd.grad(function(input, target) * upstream, input)

@@ -917,6 +917,7 @@ class Call:
     targets: Any
     hyper: list[float]
     activation: str = "relu"
+    smoothing: float = 0.1
 
     @classmethod
     def of(cls, rule: str, steps: int | None = None) -> Call:
@@ -938,7 +939,7 @@ class Call:
     def run(self) -> torch.Tensor:
         ops = torch.ops.torchbp_trainer
         trainer = ops.open(
-            self.weights, self.biases, self.state, self.activation, 0.0, 0.1, self.rule,
+            self.weights, self.biases, self.state, self.activation, 0.0, self.smoothing, self.rule,
             self.groups, self.slots,
         )  # fmt: skip
         try:
@@ -964,6 +965,12 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
     "dimensions": ("sgd", put("xs", torch.ones(3)), "xs wants shape"),
     "width": ("sgd", put("xs", torch.ones(5, 4)), r"xs wants shape \(N, 3\)"),
     "target dtype": ("sgd", put("targets", torch.ones(5)), "targets wants .* int64"),
+    "target dimensions": (
+        "sgd",
+        put("targets", torch.ones(5, 1).long()),
+        "targets wants the shape",
+    ),
+    "vector of weights": ("sgd", put("weights", 0, torch.ones(4)), "follow on one another"),
     "target shape": ("sgd", put("targets", torch.ones(4).long()), "targets wants the shape"),
     "target range": ("sgd", put("targets", torch.full((5,), 2)), "target 2 in row . is out"),
     "no weights": ("sgd", put("weights", []), "weights wants at least one"),
@@ -983,6 +990,10 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
     "rule": ("sgd", put("rule", "adam"), "rule wants sgd or adamw, got adam"),
     "groups": ("sgd", lambda call: call.groups.pop(), "groups and slots want"),
     "slots": ("adamw", put("slots", 0, 2), "slots wants"),
+    "less slots": ("sgd", lambda call: call.slots.pop(), "groups and slots want"),
+    "more slots": ("sgd", lambda call: call.slots.append(0), "groups and slots want"),
+    "negative smoothing": ("sgd", put("smoothing", -0.1), "label_smoothing wants"),
+    "smoothing": ("sgd", put("smoothing", 1.1), "label_smoothing wants"),
     "hyper": ("sgd", lambda call: call.hyper.pop(), "hyper wants"),
     "hyper of steps": ("sgd", lambda call: call.hyper.extend([0.0] * 12), "hyper wants 12 numbers"),
 }
@@ -1007,6 +1018,71 @@ def test_momentum_that_begins_later_is_refused_before_the_first_step() -> None:
     with pytest.raises(RuntimeError, match="hyper has a momentum, and state no buffers"):
         call.run()
     assert_same(call.weights, before.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_the_ends_of_label_smoothing_are_not_refused(smoothing: float) -> None:
+    call = Call.of("sgd")
+    call.smoothing = smoothing
+    assert call.run().isfinite()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4, 5), (5, 3)], ids=str)
+def test_targets_of_many_steps_refused(shape: tuple[int, int]) -> None:
+    call = Call.of("sgd", 3)
+    call.targets = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="targets wants the shape of xs without features"):
+        call.run()
+
+
+EPOCH: dict[str, tuple[int, Any, str]] = {
+    "target dtype": (7, torch.zeros(4), "targets wants .* int64"),
+    "target shape": (7, torch.zeros(3).long(), r"targets wants shape \(4\), got \(3\)"),
+    "batch size": (8, 0, "batch_size wants at least 1, got 0"),
+    "features": (1, torch.zeros(6, 1, 1, 4).byte(), "wants 3 inputs, and an image has 4"),
+}
+
+
+@pytest.mark.parametrize("case", EPOCH)
+def test_epoch_refusals(case: str) -> None:
+    call, ops = Call.of("sgd"), torch.ops.torchbp_trainer
+    trainer = ops.open(
+        call.weights, call.biases, call.state, "relu", 0.0, 0.1, "sgd", call.groups, call.slots
+    )
+    right: list[Any] = [
+        trainer, torch.zeros(6, 1, 1, 3).byte(), torch.arange(4), None, None, [1.0], [0.0],
+        torch.zeros(4).long(), 1, False, call.hyper,
+    ]  # fmt: skip
+    at, value, message = EPOCH[case]
+    try:
+        ops.epoch(*right)
+        before = [weight.clone() for weight in call.weights]
+        with pytest.raises(RuntimeError, match=f"torchbp::.*{message}"):
+            ops.epoch(*right[:at], value, *right[at + 1 :])
+        assert_same(call.weights, before, rtol=0, atol=0)
+    finally:
+        ops.close(trainer)
+
+
+@pytest.mark.parametrize("name", ["weights", "biases", "state"])
+@pytest.mark.parametrize("change", ["size", "strides"])
+def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
+    call, ops = Call.of("sgd"), torch.ops.torchbp_trainer
+    if change == "strides" and name == "biases":
+        pytest.skip("a vector has none to change")
+    trainer = ops.open(
+        call.weights, call.biases, call.state, "relu", 0.0, 0.1, "sgd", call.groups, call.slots
+    )
+    tensor = getattr(call, name)[0]
+    if change == "size":
+        tensor.resize_(2)
+    else:
+        tensor.t_()
+    try:
+        with pytest.raises(RuntimeError, match="has changed in shape, layout or dtype"):
+            ops.steps(trainer, call.xs, call.targets, call.hyper)
+    finally:
+        ops.close(trainer)
 
 
 def test_a_trainer_that_was_closed() -> None:

@@ -48,7 +48,7 @@ class Wrong(Squares):
 class Hindered(Squares):
     name = "hindered"
 
-    def obstacle(self) -> str:
+    def obstacle(self, piece: Piece | None = None) -> str:
         return "it needs a larger machine"
 
 

@@ -127,5 +127,4 @@ def tensors(op: str, argument: str, values: Any) -> None:
     if not isinstance(values, list | tuple):
         raise TypeError(f"{op}: {argument} wants a list of torch.Tensor, got {_name(values)}")
     for i, value in enumerate(values):
-        floating(op, f"{argument}[{i}]", value)
         like(op, f"{argument}[{i}]", value, f"{argument}[0]", values[0])

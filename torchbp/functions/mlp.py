@@ -130,7 +130,6 @@ class MLP(Gate):
             raise ValueError("mlp: weights wants at least one matrix, got none")
         if len(weights) != layers or len(biases) not in (0, layers):
             raise ValueError(f"mlp: biases wants none or {len(weights)} tensors, got {len(biases)}")
-        check.floating("mlp", "x", x)
         h = x
         for i, weight in enumerate(weights):
             names = f"weights[{i}]", f"biases[{i}]"

@@ -1,0 +1,346 @@
+"""The checks in csrc: what the raw operations refuse, below the checks of torchbp.functions.
+
+The Functions run the same operations and explain in Python what these refuse, so that a check which
+is missing here would read or write memory that is not the tensor's. Each call is one right call
+(tried as well) with one argument changed. The message names the operation and the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchbp.functions.table import ROWS
+
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+INDICES = torch.tensor([0, 2])
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+ELSEWHERE = torch.ones(2, 3, device="meta")
+WHOLE = torch.ones(2, 3, dtype=torch.int64)
+DOUBLE = torch.ones(2, 3, dtype=torch.float64)
+
+
+def call(op: str, *args: Any) -> Any:
+    """The kernel itself: whatever the devices of the tensors are, the CPU's."""
+    return getattr(torch.ops.torchbp_kernels, op).default.redispatch(CPU, *args)
+
+
+@dataclass(frozen=True)
+class Right:
+    """A right call: operation and arguments."""
+
+    op: str
+    arguments: tuple[tuple[str, Any], ...]
+
+
+def right(op: str, **arguments: Any) -> Right:
+    return Right(op, tuple(arguments.items()))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    call: Right
+    changed: tuple[tuple[str, Any], ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.call.op}-{'-'.join(name for name, _ in self.changed)}-{self.message}"
+
+
+def wrong(call: Right, message: str, **changed: Any) -> Wrong:
+    assert changed.keys() <= dict(call.arguments).keys()
+    return Wrong(call, tuple(changed.items()), message)
+
+
+X = ones(2, 3)
+LINEAR = right("linear", x=X, weight=ones(4, 3), bias=ones(4), activation="relu", parameter=0.0)
+LINEAR_BACKWARD = right(
+    "linear_backward", dy=ones(2, 4), x=X, weight=ones(4, 3), saved=ones(2, 4), activation="relu",
+    parameter=0.0, need_x=True, need_weight=True, need_bias=True,
+)  # fmt: skip
+MLP = right("mlp", x=X, weights=[ones(4, 3), ones(2, 4)], biases=[ones(4), ones(2)],
+            activation="relu", parameter=0.0)  # fmt: skip
+MLP_BACKWARD = right(
+    "mlp_backward", dy=ones(2, 2), x=X, weights=[ones(4, 3), ones(2, 4)], saved=[ones(2, 4)],
+    activation="relu", parameter=0.0, need_x=True, need_weights=[1, 1], need_biases=[1, 1],
+)  # fmt: skip
+#: With what mlp saved laid out as our own products leave it.
+OWN_BACKWARD = Right(
+    "mlp_backward",
+    tuple(
+        (name, [ones(4, 2).T] if name == "saved" else value)
+        for name, value in MLP_BACKWARD.arguments
+    ),
+)
+#: In float64 the layers run one by one, on PyTorch's products.
+WIDE_MLP = right("mlp", x=DOUBLE, weights=[ones(4, 3).double(), ones(2, 4).double()],
+                 biases=[ones(4).double(), ones(2).double()], activation="relu",
+                 parameter=0.0)  # fmt: skip
+OPTIONS = {"ignore_index": -100, "reduction": 1, "label_smoothing": 0.0}
+CE = right("softmax_ce", input=X, target=INDICES, weight=ones(3), **OPTIONS)
+CE_SOFT = right("softmax_ce", input=X, target=ones(2, 3), weight=None, **OPTIONS)
+CE_GRADIENT = right("softmax_ce_with_gradient", input=X, target=INDICES, weight=None, **OPTIONS)
+CE_BACKWARD = right(
+    "softmax_ce_backward", dloss=ones(), input=X, target=ones(2, 3), weight=None, lse=ones(2),
+    total=ones(), **OPTIONS, need_input=True, need_target=True,
+)  # fmt: skip
+INDEX_BACKWARD = right(
+    "softmax_ce_backward", dloss=ones(), input=X, target=INDICES, weight=None, lse=ones(2),
+    total=ones(), **OPTIONS, need_input=True, need_target=False,
+)  # fmt: skip
+BYTES = torch.zeros(2, 3, dtype=torch.uint8)
+PIECES = right("max_pieces", z=ones(2, 5, 3))
+PIECES_BACKWARD = right("max_pieces_backward", dy=ones(2, 3), index=BYTES, pieces=2)
+PENALTY = right("l2_penalty", tensors=[X, ones(4)])
+
+FLOATING = "wants dtype float64, float32, bfloat16 or float16"
+OTHER = "has another dtype than the first argument"
+DEVICE = "is on another device than the first argument"
+
+
+def of_rows() -> list[Wrong]:
+    """Each row's forward and gradient."""
+    found = []
+    for row in ROWS.values():
+        extra = {row.parameter: 0.5} if row.parameter else {}
+        if len(row.inputs) == 1:
+            found.append(wrong(right(row.name, x=X, **extra), f"x {FLOATING}", x=WHOLE))
+            saved = {} if not row.saves else {"saved": X}
+            backward = right(f"{row.name}_backward", dy=X, **saved, **extra)
+            first = "dy" if saved else "x"
+            found.append(wrong(backward, f"{first} {FLOATING}", dy=WHOLE))
+            if saved:
+                found += [
+                    wrong(backward, f"saved {OTHER}", saved=DOUBLE),
+                    wrong(backward, f"saved {DEVICE}", saved=ELSEWHERE),
+                    wrong(backward, r"saved wants shape \(2, 3\), got \(3\)", saved=ones(3)),
+                    wrong(backward, r"saved wants shape \(2, 3\), got \(2, 4\)", saved=ones(2, 4)),
+                ]
+            continue
+        found += [
+            wrong(right(row.name, a=X, b=X), f"a {FLOATING}", a=WHOLE),
+            wrong(right(row.name, a=X, b=X), f"b {OTHER}", b=DOUBLE),
+            wrong(right(row.name, a=X, b=X), f"b {DEVICE}", b=ELSEWHERE),
+            wrong(right(row.name, a=X, b=ones(3)), r"shapes \(2, 3\) and \(2\) do not", b=ones(2)),
+            wrong(right(row.name, a=X, b=X), r"shapes \(2\) and \(2, 3\) do not", a=ones(2)),
+        ]
+        for suffix in ("backward", "backward_a", "backward_b"):
+            backward = right(f"{row.name}_{suffix}", dy=X, a=X, b=ones(3))
+            found += [
+                wrong(backward, f"dy {FLOATING}", dy=WHOLE, a=WHOLE, b=WHOLE),
+                wrong(backward, f"a {OTHER}", a=DOUBLE),
+                wrong(backward, f"b {OTHER}", b=DOUBLE),
+                wrong(backward, f"a {DEVICE}", a=ELSEWHERE),
+                wrong(backward, f"b {DEVICE}", b=ELSEWHERE),
+                wrong(backward, r"dy wants shape \(2, 3\), got \(3\)", dy=ones(3)),
+                wrong(backward, r"dy wants shape \(2, 3\), got \(3\)", dy=ones(3), b=ones(2, 3)),
+                wrong(backward, r"dy wants shape \(3\), got \(2, 3\)", a=ones(3)),
+                wrong(backward, "do not broadcast", b=ones(2)),
+            ]
+    return found
+
+
+def of_linear(good: Right) -> list[Wrong]:
+    own = dict(good.arguments)
+    found = [
+        wrong(good, f"x {FLOATING}", x=WHOLE),
+        wrong(good, f"weight {OTHER}", weight=ones(4, 3).double()),
+        wrong(good, f"weight {DEVICE}", weight=torch.ones(4, 3, device="meta")),
+        wrong(good, r"weight wants shape \(out_features, in_features\)", weight=ones(3)),
+        wrong(good, r"weight wants shape \(out_features, in_features\)", weight=ones(4, 3, 1)),
+        wrong(good, r"x wants shape \(..., 3\), got \(\)", x=ones()),
+        wrong(good, r"x wants shape \(..., 3\), got \(2, 4\)", x=ones(2, 4)),
+        wrong(good, "activation wants the name of a unary gate", activation="no such"),
+        wrong(good, "activation wants the name of a unary gate", activation="scale"),
+    ]
+    if "dy" in own:
+        found += [wrong(good, f"dy {OTHER}", dy=ones(2, 4).double()),
+                  wrong(good, f"dy {DEVICE}", dy=torch.ones(2, 4, device="meta"))]  # fmt: skip
+    else:
+        found += [
+            wrong(good, f"bias {OTHER}", bias=ones(4).double()),
+            wrong(good, f"bias {DEVICE}", bias=torch.ones(4, device="meta")),
+            wrong(good, r"bias wants shape \(4\), got \(3\)", bias=ones(3)),
+            wrong(good, r"bias wants shape \(4\), got \(4, 1\)", bias=ones(4, 1)),
+        ]
+    return found
+
+
+OF_MLP = [
+    wrong(MLP, "weights wants at least one matrix", weights=[], biases=[]),
+    wrong(MLP, "biases wants none or 2, got 1", biases=[ones(4)]),
+    wrong(MLP, "biases wants none or 2, got 3", biases=[ones(4), ones(2), ones(2)]),
+    wrong(MLP, f"x {FLOATING}", x=WHOLE),
+    wrong(MLP, f"x {FLOATING}", x=torch.tensor(1)),
+    wrong(MLP, r"x wants shape \(..., in_features\), got a number", x=ones()),
+    wrong(MLP, "activation wants the name of a unary gate", activation="no such"),
+    *(
+        row
+        for good in (MLP, WIDE_MLP)
+        for dtype in (dict(good.arguments)["x"].dtype,)
+        for row in (
+            wrong(good, r"x wants shape \(..., 3\), got \(2, 4\)", x=ones(2, 4).to(dtype)),
+            wrong(good, r"weight wants shape \(out_features, in_features\)",
+                  weights=[ones(4, 3).to(dtype), ones(4).to(dtype)]),
+            wrong(good, r"x wants shape \(..., 5\), got \(2, 4\)",
+                  weights=[ones(4, 3).to(dtype), ones(2, 5).to(dtype)]),
+            wrong(good, r"bias wants shape \(2\), got \(3\)",
+                  biases=[ones(4).to(dtype), ones(3).to(dtype)]),
+            wrong(good, f"weight {OTHER}", weights=[ones(4, 3).to(dtype), ones(2, 4).half()]),
+        )
+    ),
+    wrong(MLP_BACKWARD, f"dy {OTHER}", dy=ones(2, 2).double()),
+    wrong(MLP_BACKWARD, f"dy {DEVICE}", dy=torch.ones(2, 2, device="meta")),
+    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(2, 3\)", dy=ones(2, 3)),
+    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(3, 2\)", dy=ones(3, 2)),
+    wrong(OWN_BACKWARD, r"saved wants shape \(2, 4\), got \(2, 5\)", saved=[ones(5, 2).T]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", saved=[]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", saved=[ones(2, 4), ones(2, 4)]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", weights=[], saved=[], need_weights=[],
+          need_biases=[]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", need_weights=[1]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", need_weights=[1, 1, 1]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", need_biases=[1]),
+    wrong(MLP_BACKWARD, "wants what mlp returned", need_biases=[1, 1, 1]),
+    wrong(MLP_BACKWARD, "activation wants the name of a unary gate", activation="no such"),
+]  # fmt: skip
+
+
+def of_cross_entropy() -> list[Wrong]:
+    found = []
+    for good in (CE, CE_SOFT, CE_GRADIENT, CE_BACKWARD, INDEX_BACKWARD):
+        own = dict(good.arguments)
+        soft = own["target"].is_floating_point()
+        found += [
+            wrong(good, f"input {FLOATING}", input=WHOLE),
+            wrong(good, r"input wants shape \(N, C\), got \(2, 3, 1\)", input=ones(2, 3, 1)),
+            wrong(good, r"input wants shape \(N, C\), got \(3\)", input=ones(3)),
+            wrong(good, "reduction wants", reduction=3),
+            wrong(good, "reduction wants", reduction=-1),
+            wrong(good, f"target {OTHER}", target=DOUBLE),
+            wrong(good, f"target {DEVICE}", target=own["target"].to("meta")),
+            wrong(good, f"weight {OTHER}", weight=ones(3).double()),
+            wrong(good, f"weight {DEVICE}", weight=torch.ones(3, device="meta")),
+            wrong(good, r"weight wants shape \(3\), got \(2\)", weight=ones(2)),
+            wrong(good, r"weight wants shape \(3\), got \(1, 3\)", weight=ones(1, 3)),
+        ]
+        found += [
+            wrong(good, r"target wants shape \(2, 3\), got \(2\)", target=ones(2)),
+            wrong(good, r"target wants shape \(2, 3\), got \(3, 2\)", target=ones(3, 2)),
+            wrong(good, r"target wants shape \(2\), got \(3\)",
+                  target=torch.zeros(3, dtype=torch.int64)),
+            wrong(good, r"target wants shape \(2\), got \(2, 1\)", target=INDICES.unsqueeze(1)),
+        ] if good.op != "softmax_ce_backward" or soft else []  # fmt: skip
+    for good in (CE, CE_GRADIENT):
+        for bad, row in ((3, 1), (-1, 1), (2**40, 1)):
+            target = torch.tensor([0, bad])
+            found.append(wrong(good, f"target {bad} in row {row} is out of range", target=target))
+        found.append(wrong(good, "target 7 in row 0 is out of range", target=torch.tensor([7, 0])))
+    found.append(wrong(CE_GRADIENT, r"reduction wants 1 \(mean\) or 2 \(sum\), got 0", reduction=0))
+    good = CE_BACKWARD
+    found += [
+        wrong(good, f"dloss {OTHER}", dloss=ones().double()),
+        wrong(good, f"dloss {DEVICE}", dloss=torch.ones((), device="meta")),
+        wrong(good, r"dloss wants shape \(\), got \(2\)", dloss=ones(2)),
+        wrong(good, r"dloss wants shape \(2\), got \(\)", reduction=0),
+        wrong(good, r"lse wants shape \(2\), got \(3\)", lse=ones(3)),
+        wrong(good, f"lse {DEVICE}", lse=torch.ones(2, device="meta")),
+        wrong(good, f"total {DEVICE}", total=torch.ones((), device="meta")),
+        wrong(good, "lse and total want what softmax_ce returned", lse=ones(2).double()),
+        wrong(good, "lse and total want what softmax_ce returned", total=ones().double()),
+        wrong(good, "lse and total want what softmax_ce returned", total=ones(2)),
+        wrong(INDEX_BACKWARD, "class indices have no gradient", need_target=True),
+    ]
+    return found
+
+
+OTHERS = [
+    wrong(PIECES, f"z {FLOATING}", z=torch.ones(2, 5, 3, dtype=torch.int64)),
+    *(
+        wrong(PIECES, r"z wants shape \(..., pieces, out\) with 1 to 256 pieces", z=ones(*shape))
+        for shape in ((), (3,), (2, 0, 3), (2, 257, 3))
+    ),
+    wrong(PIECES_BACKWARD, f"dy {FLOATING}", dy=WHOLE),
+    wrong(PIECES_BACKWARD, r"index wants shape \(2, 3\), got \(3\)", index=BYTES[0]),
+    wrong(PIECES_BACKWARD, r"index wants shape \(2, 3\), got \(2, 2\)", index=BYTES[:, :2]),
+    wrong(PIECES_BACKWARD, f"index {DEVICE}", index=BYTES.to("meta")),
+    wrong(PIECES_BACKWARD, "index wants what max_pieces returned", index=BYTES.int()),
+    wrong(PIECES_BACKWARD, "index wants what max_pieces returned", dy=ones(), index=BYTES[0, 0]),
+    wrong(PENALTY, "tensors wants at least one tensor", tensors=[]),
+    wrong(PENALTY, rf"tensors\[0\] {FLOATING}", tensors=[WHOLE]),
+    wrong(PENALTY, f"tensors {OTHER}", tensors=[X, DOUBLE]),
+    wrong(PENALTY, f"tensors {DEVICE}", tensors=[X, ELSEWHERE]),
+]
+
+WRONG = [
+    *of_rows(), *of_linear(LINEAR), *of_linear(LINEAR_BACKWARD), *OF_MLP, *of_cross_entropy(),
+    *OTHERS,
+]  # fmt: skip
+
+
+IMAGES: dict[str, Any] = {
+    "images": torch.zeros(2, 3, 4, 5, dtype=torch.uint8), "index": torch.tensor([0, 1]),
+    "flip": None, "shift": None, "scale": [1.0] * 3, "offset": [0.0] * 3, "dtype": torch.float32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": IMAGES["index"].to("meta")}, f"index {DEVICE}"),
+        ({"scale": [1.0], "offset": [0.0]}, "scale and offset want 3 numbers each, got 1 and 1"),
+        ({"offset": [0.0] * 2}, "scale and offset want 3 numbers each, got 3 and 2"),
+        ({"offset": [0.0] * 4}, "scale and offset want 3 numbers each, got 3 and 4"),
+    ],
+)  # fmt: skip
+def test_image_batch(change: dict[str, Any], message: str) -> None:
+    op = torch.ops.torchbp.image_batch.default
+    op.redispatch(CPU, *IMAGES.values())
+    with pytest.raises(RuntimeError, match=f"torchbp::image_batch: {message}"):
+        op.redispatch(CPU, *{**IMAGES, **change}.values())
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_refused(case: Wrong) -> None:
+    given = dict(case.call.arguments)
+    call(case.call.op, *given.values())
+    given.update(case.changed)
+    # The three of the loss share what refuses a reduction or a target.
+    name = "softmax_ce" if case.call.op.startswith("softmax_ce") else case.call.op
+    with pytest.raises(RuntimeError, match=f"torchbp::{name}.*: .*{case.message}"):
+        call(case.call.op, *given.values())
+
+
+EDGES: list[Callable[[], Any]] = [
+    lambda: call("max_pieces", ones(1, 3)),
+    lambda: call("max_pieces", ones(256, 3)),
+    lambda: call("max_pieces", ones(3, 1)),
+    lambda: call("max_pieces_backward", ones(3), BYTES[0], 1),
+    lambda: call("linear", ones(3), ones(4, 3), None, "none", 0.0),
+    lambda: call("mlp", ones(3), [ones(4, 3)], [], "relu", 0.0),
+    lambda: call("mlp_backward", ones(2, 4), X, [ones(4, 3)], [], "relu", 0.0, True, [1], []),
+    lambda: call("softmax_ce", X, INDICES, None, -100, 0, 0.0),
+    lambda: call("softmax_ce", X, INDICES, None, -100, 2, 0.0),
+    lambda: call("softmax_ce_with_gradient", X, INDICES, None, -100, 2, 0.0),
+    lambda: call("add", ones(1, 3), ones(2, 1)),
+    lambda: call("add", ones(2, 1), ones(3)),
+    lambda: call("add_backward", ones(2, 3), ones(1, 3), ones(2, 1)),
+    lambda: call("multiply_backward", X, X, X),
+    lambda: call("l2_penalty", [X]),
+]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_just_within(edge: Callable[[], Any]) -> None:
+    """The last that is allowed, next to what is refused."""
+    edge()

@@ -251,6 +251,14 @@ inline void check_linear(const char* op, const Tensor& x, const Tensor& weight, 
   }
 }
 
+// What a layer makes of x, or the gradient of that: shape (..., out_features).
+inline void check_rows(const char* op, const char* argument, const Tensor& t, const Tensor& x, const Tensor& weight) {
+  check_like(op, argument, t, x);
+  auto shape = sizes_of(x);
+  shape.back() = weight.size(0);
+  check_shape(op, argument, t, shape);
+}
+
 // A tensor's leading dimensions as one.
 inline Tensor matrix(const Tensor& t) {
   if (t.dim() == 2) return t;
@@ -299,8 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
                                                    const Tensor& saved, Text activation, double parameter, bool need_x,
                                                    bool need_weight, bool need_bias) {
   check_linear("linear_backward", x, weight, std::nullopt);
-  check_like("linear_backward", "dy", dy, x);
   const Activation f = activation_of("linear_backward", activation);
+  check_rows("linear_backward", "dy", dy, x, weight);
+  if (f.any) check_rows("linear_backward", "saved", saved, x, weight);
   const Tensor dz = activate_backward<Backend>(matrix(dy), f.any ? matrix(saved) : saved, f, parameter);
   const auto [dx, dw, db] = affine_backward<Backend>(dz, matrix(x), weight, need_x, need_weight, need_bias);
   return {need_x ? like_rows_of(x, dx) : dx, dw, db};
@@ -350,10 +359,16 @@ std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<
                                  std::vector<int64_t> need_weights, std::vector<int64_t> need_biases) {
   const Activation f = activation_of("mlp_backward", activation);
   const size_t layers = weights.size(), per_layer = f.saves_x ? 2 : 1;
-  check_like("mlp_backward", "dy", dy, x);
   STD_TORCH_CHECK(layers > 0 && saved.size() == (layers - 1) * per_layer && need_weights.size() == layers &&
                       (need_biases.empty() || need_biases.size() == layers),
                   "torchbp::mlp_backward: wants what mlp returned and one flag for each weight and bias");
+  for (size_t i = 0; i < layers; ++i) {
+    check_linear("mlp_backward", i == 0 ? x : saved[i * per_layer - 1], weights[i], std::nullopt);
+    if (i + 1 == layers) break;
+    for (size_t j = 0; j < per_layer; ++j)
+      check_rows("mlp_backward", "saved", saved[i * per_layer + j], x, weights[i]);
+  }
+  check_rows("mlp_backward", "dy", dy, x, weights.back());
   if constexpr (Backend::own_products)
     if (Backend::fits_network(x, weights, {}) && Backend::fits_saved(saved, x.size(0)))
       return Backend::mlp_backward(dy, x, weights, saved, f, parameter, need_x, need_weights, need_biases);
@@ -526,6 +541,7 @@ Tensor max_pieces_backward(const Tensor& dy_, const Tensor& index_, int64_t piec
   check_device("max_pieces_backward", "index", index_, dy_);
   STD_TORCH_CHECK(index_.scalar_type() == ScalarType::Byte && dy_.dim() >= 1,
                   "torchbp::max_pieces_backward: index wants what max_pieces returned");
+  STD_TORCH_CHECK(pieces >= 1 && pieces <= 256, "torchbp::max_pieces_backward: pieces wants 1 to 256, got ", pieces);
   const Tensor dy = dense(dy_), index = dense(index_);
   auto shape = sizes_of(dy);
   Maxout maxout;

@@ -86,6 +86,17 @@ OWN_BACKWARD = Right(
 WIDE_MLP = right("mlp", x=DOUBLE, weights=[ones(4, 3).double(), ones(2, 4).double()],
                  biases=[ones(4).double(), ones(2).double()], activation="relu",
                  parameter=0.0)  # fmt: skip
+WIDE_BACKWARD = right(
+    "mlp_backward", dy=ones(2, 2).double(), x=DOUBLE,
+    weights=[ones(4, 3).double(), ones(2, 4).double()], saved=[ones(2, 4).double()],
+    activation="relu", parameter=0.0, need_x=True, need_weights=[1, 1], need_biases=[1, 1],
+)  # fmt: skip
+#: An activation whose gradient reads its input.
+TWO_SAVED = right(
+    "mlp_backward", dy=ones(2, 2), x=X, weights=[ones(4, 3), ones(2, 4)],
+    saved=[ones(2, 4), ones(2, 4)], activation="elu", parameter=1.0, need_x=True,
+    need_weights=[1, 1], need_biases=[1, 1],
+)  # fmt: skip
 OPTIONS = {"ignore_index": -100, "reduction": 1, "label_smoothing": 0.0}
 CE = right("softmax_ce", input=X, target=INDICES, weight=ones(3), **OPTIONS)
 CE_SOFT = right("softmax_ce", input=X, target=ones(2, 3), weight=None, **OPTIONS)
@@ -164,8 +175,14 @@ def of_linear(good: Right) -> list[Wrong]:
         wrong(good, "activation wants the name of a unary gate", activation="scale"),
     ]
     if "dy" in own:
-        found += [wrong(good, f"dy {OTHER}", dy=ones(2, 4).double()),
-                  wrong(good, f"dy {DEVICE}", dy=torch.ones(2, 4, device="meta"))]  # fmt: skip
+        for name in ("dy", "saved"):
+            found += [
+                wrong(good, f"{name} {OTHER}", **{name: ones(2, 4).double()}),
+                wrong(good, f"{name} {DEVICE}", **{name: torch.ones(2, 4, device="meta")}),
+                wrong(good, rf"{name} wants shape \(2, 4\), got \(1, 4\)", **{name: ones(1, 4)}),
+                wrong(good, rf"{name} wants shape \(2, 4\), got \(2, 3\)", **{name: ones(2, 3)}),
+                wrong(good, rf"{name} wants shape \(2, 4\), got \(4\)", **{name: ones(4)}),
+            ]
     else:
         found += [
             wrong(good, f"bias {OTHER}", bias=ones(4).double()),
@@ -199,11 +216,33 @@ OF_MLP = [
             wrong(good, f"weight {OTHER}", weights=[ones(4, 3).to(dtype), ones(2, 4).half()]),
         )
     ),
-    wrong(MLP_BACKWARD, f"dy {OTHER}", dy=ones(2, 2).double()),
-    wrong(MLP_BACKWARD, f"dy {DEVICE}", dy=torch.ones(2, 2, device="meta")),
-    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(2, 3\)", dy=ones(2, 3)),
-    wrong(OWN_BACKWARD, r"dy wants shape \(2, 2\), got \(3, 2\)", dy=ones(3, 2)),
-    wrong(OWN_BACKWARD, r"saved wants shape \(2, 4\), got \(2, 5\)", saved=[ones(5, 2).T]),
+    *(
+        row
+        for good in (MLP_BACKWARD, OWN_BACKWARD, WIDE_BACKWARD)
+        for own in (dict(good.arguments),)
+        for dtype, other in ((own["x"].dtype, torch.float16),)
+        for row in (
+            wrong(good, f"x {FLOATING}", x=WHOLE),
+            wrong(good, f"dy {OTHER}", dy=ones(2, 2).to(other)),
+            wrong(good, f"dy {DEVICE}", dy=torch.ones(2, 2, device="meta", dtype=dtype)),
+            wrong(good, r"dy wants shape \(2, 2\), got \(2, 3\)", dy=ones(2, 3).to(dtype)),
+            wrong(good, r"dy wants shape \(2, 2\), got \(3, 2\)", dy=ones(3, 2).to(dtype)),
+            wrong(good, f"saved {OTHER}", saved=[ones(2, 4).to(other)]),
+            wrong(good, f"saved {DEVICE}", saved=[torch.ones(2, 4, device="meta", dtype=dtype)]),
+            wrong(good, r"saved wants shape \(2, 4\), got \(2, 5\)",
+                  saved=[ones(5, 2).T.to(dtype)]),
+            wrong(good, r"saved wants shape \(2, 4\), got \(1, 4\)", saved=[ones(1, 4).to(dtype)]),
+            wrong(good, r"weight wants shape \(out_features, in_features\)",
+                  weights=[ones(4, 3).to(dtype), ones(4).to(dtype)]),
+            wrong(good, r"x wants shape \(..., 2\), got \(2, 3\)",
+                  weights=[ones(4, 2).to(dtype), ones(2, 4).to(dtype)]),
+            wrong(good, r"x wants shape \(..., 5\), got \(2, 4\)",
+                  weights=[ones(4, 3).to(dtype), ones(2, 5).to(dtype)]),
+            wrong(good, f"weight {OTHER}", weights=[ones(4, 3).to(dtype), ones(2, 4).to(other)]),
+        )
+    ),
+    wrong(TWO_SAVED, r"saved wants shape \(2, 4\), got \(2, 3\)", saved=[ones(2, 3), ones(2, 4)]),
+    wrong(TWO_SAVED, r"saved wants shape \(2, 4\), got \(1, 4\)", saved=[ones(2, 4), ones(1, 4)]),
     wrong(MLP_BACKWARD, "wants what mlp returned", saved=[]),
     wrong(MLP_BACKWARD, "wants what mlp returned", saved=[ones(2, 4), ones(2, 4)]),
     wrong(MLP_BACKWARD, "wants what mlp returned", weights=[], saved=[], need_weights=[],
@@ -276,6 +315,9 @@ OTHERS = [
     wrong(PIECES_BACKWARD, f"index {DEVICE}", index=BYTES.to("meta")),
     wrong(PIECES_BACKWARD, "index wants what max_pieces returned", index=BYTES.int()),
     wrong(PIECES_BACKWARD, "index wants what max_pieces returned", dy=ones(), index=BYTES[0, 0]),
+    wrong(PIECES_BACKWARD, "pieces wants 1 to 256, got 0", pieces=0),
+    wrong(PIECES_BACKWARD, "pieces wants 1 to 256, got -1", pieces=-1),
+    wrong(PIECES_BACKWARD, "pieces wants 1 to 256, got 257", pieces=257),
     wrong(PENALTY, "tensors wants at least one tensor", tensors=[]),
     wrong(PENALTY, rf"tensors\[0\] {FLOATING}", tensors=[WHOLE]),
     wrong(PENALTY, f"tensors {OTHER}", tensors=[X, DOUBLE]),
@@ -326,6 +368,7 @@ EDGES: list[Callable[[], Any]] = [
     lambda: call("max_pieces", ones(256, 3)),
     lambda: call("max_pieces", ones(3, 1)),
     lambda: call("max_pieces_backward", ones(3), BYTES[0], 1),
+    lambda: call("max_pieces_backward", ones(3), BYTES[0], 256),
     lambda: call("linear", ones(3), ones(4, 3), None, "none", 0.0),
     lambda: call("mlp", ones(3), [ones(4, 3)], [], "relu", 0.0),
     lambda: call("mlp_backward", ones(2, 4), X, [ones(4, 3)], [], "relu", 0.0, True, [1], []),

@@ -25,7 +25,7 @@
     ROW(shift,      c,              x + c,                                    nothing, dy,                                            0) \
     ROW(relu,       none,           where(x < 0, 0, x),                       y,       where(y <= 0, 0, dy),                          0) \
     ROW(leaky_relu, negative_slope, where(x > 0, x, negative_slope * x),      x,       where(x > 0, dy, negative_slope * dy),         0) \
-    ROW(elu,        alpha,          where(x <= 0, alpha * expm1(x), x),       x,       where(x > 0, dy, dy * alpha * exp(x)),         where(x > 0, 0, dy * alpha * exp(x))) \
+    ROW(elu,        alpha,          where(x < 0, alpha * expm1(x), x),        x,       where(x > 0, dy, dy * alpha * exp(x)),         where(x >= 0, 0, dy * alpha * exp(x))) \
     ROW(sigmoid,    none,           where(x < 0, exp(-abs(x)) - exp(-abs(x)) * (exp(-abs(x)) / (1 + exp(-abs(x)))), 1 - exp(-abs(x)) / (1 + exp(-abs(x)))), y, dy * ((1 - y) * y), dy * (1 - 2 * y)) \
     ROW(tanh,       none,           tanh(x),                                  y,       dy * ((1 - y) * (1 + y)),                      -2 * dy * y)
 

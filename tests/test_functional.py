@@ -493,3 +493,21 @@ def test_the_maximum_of_two_zeros_is_the_second(length: int) -> None:
     zero = torch.zeros(length)
     assert not F.maximum(-zero, zero).signbit().any()
     assert F.maximum(zero, -zero).signbit().all()
+
+
+@pytest.mark.parametrize("length", [1, 67])
+@pytest.mark.parametrize("alpha", [1.5, -2.0])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_elu_at_its_kink(zero: float, alpha: float, length: int) -> None:
+    """At 0 as PyTorch has it; the second order but for the sign of its zero."""
+    results = []
+    for elu in (F.elu, TF.elu):
+        x = torch.full((length,), zero, dtype=torch.double, requires_grad=True)
+        y = elu(x, alpha)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (dxx,) = torch.autograd.grad(dx.sum(), x)
+        results.append([y, dx, dxx])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(*(own[:2] for own in results), strict=True):
+        assert torch.equal(ours.signbit(), theirs.signbit())

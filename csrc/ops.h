@@ -365,8 +365,7 @@ std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<
   for (size_t i = 0; i < layers; ++i) {
     check_linear("mlp_backward", i == 0 ? x : saved[i * per_layer - 1], weights[i], std::nullopt);
     if (i + 1 == layers) break;
-    for (size_t j = 0; j < per_layer; ++j)
-      check_rows("mlp_backward", "saved", saved[i * per_layer + j], x, weights[i]);
+    for (size_t j = 0; j < per_layer; ++j) check_rows("mlp_backward", "saved", saved[i * per_layer + j], x, weights[i]);
   }
   check_rows("mlp_backward", "dy", dy, x, weights.back());
   if constexpr (Backend::own_products)

@@ -45,6 +45,7 @@ from scripts.reliability_large import Large
 from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
 from scripts.reliability_mutation import Mutation
+from scripts.reliability_proofs import Proofs
 from scripts.reliability_sanitizers import Sanitizers
 from scripts.reliability_specials import Specials
 from scripts.reliability_versions import Versions
@@ -56,6 +57,7 @@ STATE = ROOT / ".reliability"
 #: In the order of the page.
 FIGURES: tuple[Figure, ...] = (
     Accuracy(),
+    Proofs(),
     Fuzz(),
     Determinism(),
     Specials(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,113 +14,11 @@ from torch.utils._pytree import tree_leaves
 import torchbp.functional
 from tests.compare import assert_same
 from tests.ops import OPS, RAW_OPS, Op
-from torchbp.functions.table import ROWS, Row
-
-Sample = tuple[Any, ...]
+from tests.proofs import MODES, compare
+from tests.raw import ON_BYTES, REFUSING, Sample, bound, randn, requiring_grad, samples_of
+from torchbp.functions.table import ROWS
 
 ops: Any = torch.ops.torchbp
-randn = partial(torch.randn, dtype=torch.float64)
-
-
-def row_samples(row: Row) -> dict[str, list[Sample]]:
-    """What the table of gates says of its operations' arguments."""
-    parameter = (0.25,) if row.parameter else ()
-    name = row.name
-    x = randn(3, 4)
-    if len(row.inputs) == 2:
-        a, b, dy = randn(3, 1), randn(4), randn(3, 4)
-        samples: dict[str, list[Sample]] = {name: [(a, b), (x.T, x.T), (x, randn(3, 8)[:, ::2])]}
-        for suffix in ("", "_a", "_b"):
-            samples[f"{name}_backward{suffix}"] = [(dy, a, b), (dy, x, b), (x.T, dy.T, dy.T)]
-        return samples
-    saved = (randn(3, 4).abs(),) if row.saves else ()
-    return {
-        name: [(t, *parameter) for t in (x, x.T, randn(()), randn(0, 2))],
-        f"{name}_backward": [(t, *saved, *parameter) for t in (randn(3, 4), randn(4, 3).T)],
-    }
-
-
-def product_samples() -> dict[str, list[Sample]]:
-    x, weight, bias, dy = randn(5, 3), randn(4, 3), randn(4), randn(5, 4)
-    second = randn(2, 4)
-    samples: dict[str, list[Sample]] = {name: [] for name in RAW_OPS if name not in gate_ops()}
-    samples["linear"] += [
-        (x, weight, bias, "none", 0.0),
-        (randn(2, 2, 3), weight, None, "relu", 0.0),
-        (randn(3, 5).T, weight, bias, "elu", 1.0),
-        (randn(3), weight, bias, "leaky_relu", 0.01),
-    ]
-    for activation, parameter in (("none", 0.0), ("tanh", 0.0), ("elu", 1.0)):
-        y, z = ops.linear(x, weight, bias, activation, parameter)
-        saved = z if z.numel() else y
-        samples["linear_backward"] += [
-            (dy, x, weight, saved, activation, parameter, True, True, True),
-            (dy, x, weight, saved, activation, parameter, False, True, False),
-        ]
-        network = (x, [weight, second], [bias, randn(2)], activation, parameter)
-        if activation == "none":
-            continue
-        samples["mlp"] += [network, (randn(2, 2, 3), [weight], [], activation, parameter)]
-        _, *kept = ops.mlp(*network)
-        for needs in ((True, [1, 1], [1, 1]), (False, [1, 0], [0, 1]), (False, [0, 1], [])):
-            samples["mlp_backward"].append(
-                (randn(5, 2), x, [weight, second], kept, activation, parameter, *needs)
-            )
-    target, q, classes = torch.tensor([0, 3, 1, -100, 2]), dy.softmax(1), randn(4).abs()
-    for reduction, upstream in ((0, randn(5)), (1, randn(())), (2, randn(()))):
-        for goal, w, smoothing in ((target, None, 0.0), (target, classes, 0.1), (q, classes, 0.1)):
-            call = (dy, goal, w, -100, reduction, smoothing)
-            samples["softmax_ce"].append(call)
-            if reduction != 0:
-                samples["softmax_ce_with_gradient"].append(call)
-            _, lse, total = ops.softmax_ce(*call)
-            samples["softmax_ce_backward"].append(
-                (upstream, dy, goal, w, lse, total, -100, reduction, smoothing, True, goal is q)
-            )
-    z = randn(5, 3, 4)
-    samples["max_pieces"] += [(z,), (z.transpose(0, 2),), (randn(2, 6),)]
-    samples["max_pieces_backward"] += [(dy, ops.max_pieces(z)[1], 3)]
-    pixels, rows = torch.randint(0, 256, (4, 2, 5, 3), dtype=torch.uint8), torch.tensor([3, 0, 3])
-    flip, shift = torch.tensor([0, 1, 1]).byte(), torch.tensor([[0, 1], [-2, 0], [1, -1]]).int()
-    affine = ([0.1, 0.2], [-1.0, 2.0])
-    samples["image_batch"] += [
-        (pixels, rows, flip, shift, *affine, torch.float32),
-        (
-            pixels.transpose(1, 3).contiguous().transpose(1, 3),
-            rows,
-            None,
-            None,
-            *affine,
-            torch.half,
-        ),
-    ]
-    samples["l2_penalty"] += [([x, weight.T, bias],), ([randn(())],), ([randn(0), x],)]
-    return samples
-
-
-def gate_ops() -> set[str]:
-    return {name for row in ROWS.values() for name in row_samples(row)}
-
-
-def samples_of(name: str) -> list[Sample]:
-    samples = product_samples()
-    for row in ROWS.values():
-        samples |= row_samples(row)
-    return samples[name]
-
-
-#: Fused gradients, which record no gradient of their own and say so.
-REFUSING = {"max_pieces", "max_pieces_backward"}
-REFUSING |= {"linear_backward", "mlp_backward", "softmax_ce_backward", "softmax_ce_with_gradient"}
-REFUSING |= {
-    f"{row.name}_backward{which}"
-    for row in ROWS.values()
-    if len(row.inputs) == 2
-    for which in ("", "_a", "_b")
-}
-
-#: Operations on bytes: there is nothing to differentiate.
-ON_BYTES = {"image_batch"}
 
 #: What cross_entropy runs where softmax_ce_with_gradient does not do: each row's own loss, a
 #: gradient for the target, no gradient at all, torch.func and torch.compile, CUDA.
@@ -130,23 +27,9 @@ CROSS_ENTROPY_IN_TWO = {"softmax_ce", "softmax_ce_backward"}
 EACH_RAW_OP = pytest.mark.parametrize("name", RAW_OPS)
 
 
-def requiring_grad(sample: Sample) -> Sample:
-    """The same arguments, with copies (of the same layout) that require grad."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, list):
-            return [one(v) for v in value]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            copy = torch.empty_like(value).copy_(value)
-            return copy.requires_grad_()
-        return value
-
-    return tuple(map(one, sample))
-
-
 @EACH_RAW_OP
 def test_there_is_a_sample(name: str) -> None:
-    assert samples_of(name), f"tests/functions/test_register.py: no sample for {name}"
+    assert samples_of(name), f"tests/raw.py: no sample for {name}"
 
 
 @EACH_RAW_OP
@@ -163,32 +46,16 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RAW_OPS if name not in ON_BYTES])
 def test_raw_op_is_differentiable_or_refuses(name: str) -> None:
-    op = getattr(ops, name)
     for sample in samples_of(name):
-        if name == "softmax_ce":  # the class weights have no gradient
-            sample = (*requiring_grad(sample[:2]), *sample[2:])
-        else:
-            sample = requiring_grad(sample)
-        free = [t for t in tree_leaves(sample) if isinstance(t, Tensor) and t.requires_grad]
+        run, free = bound(name, sample)
         if name in REFUSING:
             with pytest.raises(RuntimeError, match=f"torchbp::{name} .* records no gradient"):
-                op(*sample)
+                run(*free)
             with torch.no_grad():
-                op(*sample)
+                run(*free)
             continue
-
-        def run(*values: Tensor) -> Tensor:
-            it = iter(values)
-            args = [
-                [next(it) for _ in arg] if isinstance(arg, list)
-                else next(it) if isinstance(arg, Tensor) and arg.requires_grad
-                else arg
-                for arg in sample  # noqa: B023
-            ]  # fmt: skip
-            result = op(*args)
-            return result if isinstance(result, Tensor) else result[0]
-
-        assert torch.autograd.gradcheck(run, free, check_forward_ad=True)
+        for mode in MODES:
+            compare(run, free, mode)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSING))

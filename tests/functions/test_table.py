@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor
 
 import torchbp
 from tests.compare import assert_within_ulps
+from tests.proofs import changed, prove
 from torchbp import ROWS
 from torchbp.functions.gate import GATES
 from torchbp.functions.table import Row
@@ -27,78 +27,10 @@ BINARY = {name: row for name, row in ROWS.items() if len(row.inputs) == 2}
 
 # ---- the proof -----------------------------------------------------------------------------------
 
-x, y, a, b, dy = sympy.symbols("x y a b dy", real=True)
-p = sympy.Symbol("p", positive=True)
-
-Side = Mapping[sympy.Symbol, Any]
-
-#: The sides of every kink: where the inputs stand to 0, or to each other. On one of them every
-#: comparison of a row is decided; a row with another kink needs another side here.
-SIDES: dict[int, list[Side]] = {1: [{x: p}, {x: -p}], 2: [{a: b + p}, {a: b - p}]}
-
-
-def sympy_words(side: Side) -> dict[str, Callable[..., Any]]:
-    """What the words of a row mean on symbols that stay on one side of every kink."""
-
-    def decide(condition: Any) -> bool:
-        decided = sympy.sympify(condition).subs(side)
-        assert decided in (sympy.true, sympy.false), f"is {condition} true where {side}?"
-        return bool(decided)
-
-    return {
-        "where": lambda condition, yes, no: yes if decide(condition) else no,
-        "abs": lambda value: value if decide(value >= 0) else -value,
-        "exp": sympy.exp,
-        "expm1": lambda value: sympy.exp(value) - 1,
-        "tanh": sympy.tanh,
-        "isnan": lambda value: sympy.false,
-    }
-
-
-def prove(row: Row) -> None:
-    """Assert that each gradient column is dy times the derivative of the forward column, and each
-    second-order column the derivative of a gradient column with respect to a saved tensor.
-
-    A column is given nothing but what the row saves, so that it cannot read anything else.
-    """
-    inputs = {"x": x} if row.inputs == ("x",) else {"a": a, "b": b}
-    parameter = {} if row.parameter is None else {row.parameter: sympy.Symbol("k", real=True)}
-    saved = {name: {**inputs, "y": y}[name] for name in row.saves}
-    for side in SIDES[len(inputs)]:
-        words = sympy_words(side)
-        forward = sympy.sympify(row.evaluate("forward", words=words, **inputs, **parameter))
-        # Where a column asks about y, the answer is that of the forward column.
-        words = sympy_words({**side, y: forward.subs(side)})
-
-        def column(name: str, words: Any = words) -> Any:
-            return sympy.sympify(row.evaluate(name, words=words, dy=dy, **saved, **parameter))
-
-        def equal(name: str, got: Any, wanted: Any, side: Side = side) -> None:
-            difference = sympy.simplify(got - wanted)
-            assert difference == 0, f"{row.name}, column {name}, where {side}: {got} != {wanted}"
-
-        for name, symbol in inputs.items():
-            first = column(f"d{name}")
-            equal(f"d{name}", first.subs(y, forward), dy * sympy.diff(forward, symbol))
-            for with_respect_to in inputs:
-                of = saved.get("y", saved.get(with_respect_to))
-                derivative = 0 if of is None else sympy.diff(first, of)
-                # d(da)/db and d(db)/da are one column.
-                second = "d" + "".join(sorted(name + with_respect_to))
-                equal(second, column(second), derivative)
-
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_row_is_proved(row: Row) -> None:
     prove(row)
-
-
-def changed(name: str, **columns: str) -> Row:
-    """A copy of a row with other columns."""
-    row = ROWS[name]
-    saves = {(): "nothing", row.inputs: "inputs"}.get(row.saves, *row.saves[:1])
-    about = {"name": name, "inputs": ", ".join(row.inputs), "saves": saves}
-    return Row.parse({**about, "parameter": row.parameter or "none", **row.columns, **columns})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from scripts import (
     reliability_large,
     reliability_leaks,
     reliability_malformed,
+    reliability_proofs,
     reliability_specials,
 )
 from scripts.reliability_accuracy import Accuracy
@@ -46,10 +48,14 @@ from scripts.reliability_fuzz import Fuzz
 from scripts.reliability_large import Large
 from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
+from scripts.reliability_proofs import Proofs
 from scripts.reliability_specials import Specials
+from tests import proofs
 from tests.compare import ulps_off
-from tests.ops import DTYPES
+from tests.ops import DTYPES, OPS, RAW_OPS, Case, Input
+from tests.raw import ON_BYTES
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
+from torchbp.functions.table import Row
 
 #: What does not hold yet: figure -> how its lines begin.
 KNOWN: dict[str, tuple[str, ...]] = {}
@@ -359,6 +365,114 @@ def test_the_pieces_cover_every_number_once() -> None:
     assert last[0].view(torch.int32).tolist() == [-3, -2, -1]
     (whole,) = reliability_accuracy.chunks(a_piece("exp", "float16"))
     assert sorted(whole.view(torch.int16).tolist()) == list(range(-(2**15), 2**15))
+
+
+# ---- proofs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "said"),
+    [
+        (proofs.changed("exp", dx="dy"), "dx", "exp, column dx, where {x: p}: dy != dy*exp(x)"),
+        (proofs.changed("tanh", dxx="2 * dy * y"), "dxx", "tanh, column dxx, where"),
+        (proofs.changed("multiply", dab="0"), "dab", "multiply, column dab, where"),
+        (proofs.changed("relu", forward="where(x < 1, 0, x)"), "dx", "relu: is x < 1 true where"),
+        (proofs.changed("tanh", dx="dy * x"), "dx", "tanh: name 'x' is not defined"),
+    ],
+)
+def test_a_wrong_row_is_not_proved(
+    row: Row, column: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reliability_proofs, "ROWS", {row.name: row})
+    figure, piece = Proofs(), {"row": row.name, "level": None}
+    result = figure.measure(piece)
+    assert figure.failures([(piece, result)])[0].startswith(said)
+    shown = figure.tables([(piece, result)])
+    assert shown[0].startswith("0 of 1 rows proved: ")
+    assert f"**not `{column}`**" in shown[1]
+
+
+class Cube(torch.autograd.Function):
+    """x^3, with faults of the gradient's factor, of double backward and of forward mode."""
+
+    @staticmethod
+    def forward(x: Tensor, fault: str) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        x, ctx.fault = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        factor = 3.00001 if ctx.fault == "factor" else 3
+        return factor * dy * (x.detach() if ctx.fault == "detached" else x) ** 2, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (2 if ctx.fault == "tangent" else 3) * x_t * x**2
+
+
+EVERY_MODE = tuple(proofs.MODES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "shape", "failing"),
+    [
+        ("", (2, 3), ()),
+        ("factor", (2, 3), ("gradcheck",)),
+        ("detached", (2, 3), ("gradgradcheck", "forward over backward")),
+        ("tangent", (2, 3), ("forward mode",)),
+        ("raises", (2, 3), EVERY_MODE),
+        ("", (0,), EVERY_MODE),  # nothing was compared
+    ],
+)
+def test_a_wrong_derivative_is_reported(
+    fault: str, shape: tuple[int, ...], failing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cube(x: Tensor) -> Tensor:
+        if fault == "raises":
+            raise RuntimeError("no cubes today")
+        return Cube.apply(x, fault)  # type: ignore[no-any-return,no-untyped-call]
+
+    case = Case("exp", "cube", cube, cube, (Input(shape),))
+    monkeypatch.setattr(reliability_proofs, "CALLS", {str(case): case})
+    figure, piece = Proofs(), {"op": "exp", "level": None}
+    result = figure.measure(piece)
+    lines = figure.failures([(piece, result)])
+    modes = [mode for mode in EVERY_MODE if any(f", {mode}: " in line for line in lines)]
+    assert modes == list(failing), lines
+    assert figure.size(piece) == len(EVERY_MODE)
+
+
+def test_a_check_that_is_not_watched_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were torch to compare Jacobians in another way, the figure would say so."""
+    monkeypatch.setattr(proofs, "watched", lambda: nullcontext(proofs.Compared()))
+    with pytest.raises(AssertionError, match="compared 0 of 225 elements"):
+        proofs.compare_case(reliability_proofs.CALLS["exp-matrix"], "gradcheck")
+
+
+def test_an_operation_that_should_refuse_and_does_not_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reliability_proofs, "REFUSING", {"exp"})
+    figure, piece = Proofs(), {"raw": "exp", "level": None}
+    lines = figure.failures([(piece, figure.measure(piece))])
+    assert lines == ["torch.ops.torchbp.exp, None: takes inputs that require grad"]
+
+
+def test_the_pieces_prove_every_row_and_check_every_operation_at_every_level() -> None:
+    pieces = Proofs().pieces()
+    assert {piece["row"] for piece in pieces if "row" in piece} == set(torchbp.ROWS)
+    for kind, names in (("op", set(OPS)), ("raw", set(RAW_OPS) - ON_BYTES)):
+        own = {(piece[kind], piece["level"]) for piece in pieces if kind in piece}
+        assert own == set(itertools.product(names, reliability_accuracy.levels()))
+    small = {str(case) for case in proofs.SMALL}
+    assert small - set(reliability_proofs.CALLS) == set(proofs.NOT_COMPARABLE)
 
 
 # ---- fuzz ----------------------------------------------------------------------------------------

@@ -30,13 +30,16 @@ Outputs = dict[str, npt.NDArray[Any]]
 Mark = Callable[[str], None]
 
 OURS, TORCH, COMPILE, JAX = "torchbp", "torch", "torch.compile", "jax"
-EMPTY = "empty Functions"
+EMPTY, BYTES = "empty Functions", "the bytes alone"
+#: Contestants that do only what no kernel could spare.
+PARTIAL = (EMPTY, BYTES)
 #: Contestants of some cases only -> the library that they belong to.
 EXTRAS = {
     "torch in float32": TORCH,
     "torch, shift too": TORCH,
     "torch, our loader": TORCH,
     EMPTY: TORCH,
+    BYTES: TORCH,
     "torch, DataLoader": TORCH,
     "jax, not waiting": JAX,
 }
@@ -763,6 +766,16 @@ def batches(name: str, quick: bool) -> Case:
 
         return Contestant(run, outputs)
 
+    def the_bytes_alone() -> Contestant:
+        """Shuffled images as they are, copied to one place."""
+        rows, out = data.images.flatten(1), torch.empty(BATCH, 3072, dtype=torch.uint8)
+
+        def run(mark: Mark) -> None:
+            for order, _, _ in draws(count, True, False):
+                torch.index_select(rows, 0, order, out=out[: len(order)])
+
+        return Contestant(run, dict)
+
     def in_jax_too() -> Contestant:
         import jax
 
@@ -794,6 +807,7 @@ def batches(name: str, quick: bool) -> Case:
             OURS: ours,
             TORCH: lambda: theirs(prepare, False),
             "torch, shift too": lambda: theirs(prepare, True),
+            BYTES: the_bytes_alone,
             COMPILE: lambda: theirs(torch.compile(prepare), True),
             JAX: in_jax_too,
         },

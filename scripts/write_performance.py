@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
-from scripts.benchmark_cases import EMPTY, OURS
+from scripts.benchmark_cases import BYTES, EMPTY, OURS
 from scripts.benchmark_report import GOAL_THREADS, PEERS, condensed, duration, reached, times
 from scripts.write_readme_tables import code, table, time_cells, write_or_check
 
@@ -27,8 +27,9 @@ PAGE = ROOT / "docs" / "performance.md"
 
 Result = dict[str, Any]
 
-#: Case -> what stands in the way of its goal. In braces: `ours`, `torch`, `jax`, `empty` (Functions
-#: that compute nothing), `floor`, of the same run.
+#: Case -> what stands in the way of its goal. In braces, of the same run: `ours`, `torch`, `jax`,
+#: `empty` (Functions that compute nothing), `bytes` (shuffled images copied as they are), `floor`,
+#: and how many times as long as the floor PyTorch takes, `at_floor`.
 REASONS = {
     "ce_8192x10": """Functions that compute nothing take {empty} of our {ours}, so that about
         {possible} would be the most that kernels without cost could reach. The kernel itself is one
@@ -36,14 +37,20 @@ REASONS = {
         for ten classes alone it gained a tenth.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
         that a third of the traffic is lines fetched to be overwritten; the floor's copy fits. The
-        rest is an exponential for each of four million numbers. The ratio follows PyTorch's time,
-        which varies more from run to run than ours.""",
+        ratio follows PyTorch's time, which varies more from run to run than ours.""",
+    "loop_160": """A part of a step takes some microseconds, and to pass it on takes several times
+        as long between cores that share no cache as between cores that do. The host of this virtual
+        machine moves its cores from one state to the other and back within a minute: in the second
+        a team takes twice as long as in the first, longer than one thread, and steps run alone
+        (`on_team_in_rounds` tries which is faster).""",
     "relu_16M": """Both results are fresh memory, which the system fills with zeros before we see
         it: a pass of writing that no kernel can avoid and the floor does not hold. Stores past the
         caches gained nothing on huge pages.""",
     "sigmoid_16M": """As for `relu_16M`: the exponentials hide behind the memory.""",
     "linear_relu_f32": """The three products take the floor of {floor} at the rate of PyTorch's own
-        large product, of our {ours}. Huge pages behind the results made no difference.""",
+        large product, of our {ours}: at that rate alone, with bias, activation and sums for
+        nothing, the ratio would be {at_floor}. Huge pages behind the results made no
+        difference.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
         update, activations and cross-entropy happen in their tiles.""",
     "cifar_epoch": """The floor, {floor} of our {ours}, is had from the best rate of a large
@@ -67,10 +74,12 @@ REASONS = {
         twice a step and gained 14 %, as each fetches what the other has written and copies all
         weights itself; it slowed `loop_160` by a tenth, and was given up.""",
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
-        `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB, and what is written is four
-        times what is read; of the rest, a tenth is Python and the call of an operation for each of
-        391 batches. Rows in whole vectors that are written once, and fetching two or three images
-        ahead, made no difference.""",
+        `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
+        to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}
+        of our {ours}. Of the rest, a tenth is Python and the call of an operation for each of 391
+        batches. Rows in whole vectors that are written once, fetching two or three images ahead or
+        a row at a time, and huge pages behind the images made no difference; fetching the next
+        image to L2 and not to L1 gained a fifth.""",
 }
 
 
@@ -130,6 +139,9 @@ def numbers(result: Result) -> dict[str, str]:
     said["ours"] = said[OURS]
     if result["floor"]:
         said["floor"] = duration(result["floor"])
+        said["at_floor"] = times(ran["torch"]["seconds"] / result["floor"])
+    if BYTES in ran:
+        said["bytes"] = said[BYTES]
     if EMPTY in ran:
         said["empty"] = said[EMPTY]
         said["possible"] = times(ran["torch"]["seconds"] / ran[EMPTY]["seconds"])

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
-from scripts.benchmark_cases import EMPTY, EXTRAS, OURS
+from scripts.benchmark_cases import EXTRAS, OURS, PARTIAL
 from scripts.benchmark_report import PEERS, condensed, disturbance, duration, times
 from torchbp import ROWS, functions
 from torchbp.functions.gate import GATES
@@ -125,8 +125,8 @@ def time_cells(result: dict[str, Any]) -> list[str]:
     cells = []
     for peer in PEERS:
         said = [time(peer)] if peer in ran else []
-        also = [name for name, library in EXTRAS.items() if library == peer and name != EMPTY]
-        said += [f"{name}: {time(name)}" for name in also if name in ran]
+        also = [name for name, library in EXTRAS.items() if library == peer]
+        said += [f"{name}: {time(name)}" for name in also if name in ran and name not in PARTIAL]
         cells.append("<br>".join(said))
     name, _, rest = result["case"].partition(" ")
     head = f"{code(name)} {rest}".strip()

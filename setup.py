@@ -152,8 +152,9 @@ def escape(path: Path) -> str:
 SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
-    # vptr wants the types of pybind11's hidden classes.
-    "undefined": ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"],
+    # vptr wants the types of pybind11's hidden classes; -fwrapv, which Python's own flags may have,
+    # would define what overflow is.
+    "undefined": ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-wrapv"],
     "thread": ["-fsanitize=thread"],
 }
 

@@ -32,8 +32,6 @@ __all__ = ["EQUIVALENT", "STAGES", "Mutation"]
 #: refused (by the same class of error, in the same words) by another check. One that is killed all
 #: the same, or that is no mutant any more, has to leave the list.
 EQUIVALENT: dict[str, str] = {
-    "sigmoid.forward: where(x < 0, exp(-abs(x)), 1) / (1 + exp(-abs(x))) -> "
-    "where(x <= 0, exp(-abs(x)), 1) / (1 + exp(-abs(x)))": "at x = 0, exp(-abs(x)) is 1",
     'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
     'false || wanted == "baseline"': "reached with AVX2 only if something is wanted",
     **{

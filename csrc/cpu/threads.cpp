@@ -3,8 +3,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <exception>
+#include <limits>
 #include <thread>
 #include <utility>
 
@@ -76,10 +79,16 @@ private:
 };
 
 thread_local Team* team = nullptr;  // that this thread leads
+thread_local bool rests = false;    // and that has nothing to do now
+
+// How often a team and its leader alone are tried, and after how many rounds again: the host of a virtual machine moves
+// its cores. A round that takes longer is worth all that it takes to pass on work.
+constexpr int64_t kTries = 8, kUntilNextTry = 1024;
+constexpr double kLongRound = 1e-3;  // seconds
 
 }  // namespace
 
-int64_t thread_count() { return torch::stable::get_num_threads(); }
+int64_t thread_count() { return rests ? 1 : torch::stable::get_num_threads(); }
 
 bool leads_team() { return team != nullptr; }
 
@@ -102,9 +111,23 @@ void run_on_team(const Part& lead) {
       error = std::current_exception();
     }
     team = nullptr;
+    rests = false;
     own.dismiss();
   });
   if (error) std::rethrow_exception(error);
+}
+
+void run_rounds(int64_t n, const Part& round) {
+  using Clock = std::chrono::steady_clock;
+  double best[2] = {};  // seconds: with the team, and alone
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t k = i % kUntilNextTry;
+    if (k == 0) std::fill_n(best, 2, std::numeric_limits<double>::infinity());
+    if (team) rests = k >= kTries && best[0] < kLongRound && (k < 2 * kTries || best[1] < best[0]);
+    const auto begin = Clock::now();
+    round.call(round.f, i);
+    best[rests] = std::min(best[rests], std::chrono::duration<double>(Clock::now() - begin).count());
+  }
 }
 
 }  // namespace torchbp

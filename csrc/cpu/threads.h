@@ -20,6 +20,7 @@ struct Part {
 
 void run_parts(int64_t n, const Part& part);
 void run_on_team(const Part& lead);
+void run_rounds(int64_t n, const Part& round);
 
 // Runs f(0), ..., f(n - 1), each on a thread of its own where there are as many.
 template <class F>
@@ -42,6 +43,13 @@ template <class F>
 void on_team(const F& f) {
   if (thread_count() == 1 || leads_team()) return f();
   run_on_team({[](const void* g, int64_t) { (*static_cast<const F*>(g))(); }, &f});
+}
+
+// Runs f(0), ..., f(n - 1), one after the other, on a team, or on this thread alone while that is faster: passing on a
+// part takes 0.1 us between cores that share a cache and several times that between others, and small parts take less.
+template <class F>
+void on_team_in_rounds(int64_t n, const F& f) {
+  on_team([&] { run_rounds(n, {[](const void* g, int64_t i) { (*static_cast<const F*>(g))(i); }, &f}); });
 }
 
 }  // namespace torchbp

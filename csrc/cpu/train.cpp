@@ -258,15 +258,15 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   const bool each = check_hyper(*trainer, hyper, count);
   if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
-  const auto run = [&] {
-    for (int64_t s = 0; s < count; ++s)
-      floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
-                                           hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+  const auto run = [&](int64_t s) {
+    floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
+                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   };
-  if (trainer->multiplications(n) * static_cast<double>(count) < kAlone)
-    run();
-  else
-    on_team(run);
+  if (trainer->multiplications(n) * static_cast<double>(count) < kAlone) {
+    for (int64_t s = 0; s < count; ++s) run(s);
+  } else {
+    on_team_in_rounds(count, run);
+  }
   return losses;
 }
 
@@ -287,21 +287,19 @@ Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::opt
   const int64_t n = all.batch.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
   const bool each = check_hyper(*trainer, hyper, count);
   const Tensor losses = empty({count}, ScalarType::Float, images);
-  on_team([&] {
-    for (int64_t s = 0; s < count; ++s) {
-      Batch batch = all.batch;
-      const int64_t begin = s * batch_size;
-      batch.n = std::min(batch_size, n - begin);
-      batch.index += begin;
-      if (batch.flip) batch.flip += begin;
-      if (batch.shift) batch.shift += 2 * begin;
-      if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
-      batch.out = trainer->batch();
-      Cpu::batch(batch);
-      floats_of(losses)[s] =
-          trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
-                        hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
-    }
+  on_team_in_rounds(count, [&](int64_t s) {
+    Batch batch = all.batch;
+    const int64_t begin = s * batch_size;
+    batch.n = std::min(batch_size, n - begin);
+    batch.index += begin;
+    if (batch.flip) batch.flip += begin;
+    if (batch.shift) batch.shift += 2 * begin;
+    if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
+    batch.out = trainer->batch();
+    Cpu::batch(batch);
+    floats_of(losses)[s] =
+        trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
+                      hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   });
   return losses;
 }

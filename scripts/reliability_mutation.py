@@ -28,12 +28,27 @@ from scripts.write_readme_tables import code, table
 
 __all__ = ["EQUIVALENT", "STAGES", "Mutation"]
 
+_SIGMOID = (
+    "where(x < 0, exp(-abs(x)) - exp(-abs(x)) * (exp(-abs(x)) / (1 + exp(-abs(x)))), "
+    "1 - exp(-abs(x)) / (1 + exp(-abs(x))))"
+)
+
 #: Mutants that no test can notice, and why: what they change is the same for every input, or is
 #: refused (by the same class of error, in the same words) by another check. One that is killed all
 #: the same, or that is no mutant any more, has to leave the list.
 EQUIVALENT: dict[str, str] = {
-    "sigmoid.forward: where(x < 0, exp(-abs(x)), 1) / (1 + exp(-abs(x))) -> "
-    "where(x <= 0, exp(-abs(x)), 1) / (1 + exp(-abs(x)))": "at x = 0, exp(-abs(x)) is 1",
+    **{
+        f"sigmoid.forward: {_SIGMOID} -> {_SIGMOID.replace(before, after)}": why
+        for before, after, why in (
+            ("x < 0", "x <= 0", "at x = 0 both are 1 / 2"),
+            ("1 - exp(-abs(x))", "1 - exp(-x)", "there x is not negative, or NaN"),
+            (
+                "1 - exp(-abs(x)) / (1 + exp(-abs(x)))",
+                "1 - exp(-abs(x)) / (1 + exp(-x))",
+                "there x is not negative, or NaN",
+            ),
+        )
+    },
     'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
     'false || wanted == "baseline"': "reached with AVX2 only if something is wanted",
     **{

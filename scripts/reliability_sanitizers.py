@@ -28,20 +28,23 @@ __all__ = ["Sanitizers", "Watched", "environment", "watch"]
 #: What drives the kernels. Tests that compile run Python and not kernels, most of their time.
 NO_COMPILER = "not compile and not inductor and not fresh and not export"
 OP_TESTS = (
-    "tests/test_functional.py",
-    "tests/test_fuzz.py",
-    "tests/test_lecture.py",
-    "tests/cpu/test_math.py",
-    "tests/cpu/test_products.py",
-    "tests/functions/test_check.py",
-    "tests/functions/test_gate.py",
-    "tests/functions/test_register.py",
-    "tests/functions/test_softmax_ce.py",
-    "tests/functions/test_table.py",
-    "tests/nn",
-    "tests/optim/test_optimizers.py",
-    "tests/optim/test_step.py",
-    "tests/data/test_loader.py",
+    ("tests/test_functional.py", ""),
+    ("tests/test_fuzz.py", ""),
+    ("tests/test_lecture.py", ""),
+    ("tests/cpu/test_math.py", ""),
+    ("tests/cpu/test_products.py", ""),
+    ("tests/functions/test_check.py", ""),
+    # Watched, these take minutes: in halves.
+    ("tests/functions/test_gate.py", "jacobians"),
+    ("tests/functions/test_gate.py", "not jacobians"),
+    ("tests/functions/test_register.py", "opcheck"),
+    ("tests/functions/test_register.py", "not opcheck"),
+    ("tests/functions/test_softmax_ce.py", ""),
+    ("tests/functions/test_table.py", ""),
+    ("tests/nn", ""),
+    ("tests/optim/test_optimizers.py", ""),
+    ("tests/optim/test_step.py", ""),
+    ("tests/data/test_loader.py", ""),
 )
 
 #: Those of them that split work among threads, or lead a team.
@@ -197,9 +200,14 @@ class Sanitizers(Figure):
                 ]
                 continue
             every += [
-                {"sanitizer": sanitizer, "tests": tests, "which": NO_COMPILER, "simd": level}
+                {
+                    "sanitizer": sanitizer,
+                    "tests": tests,
+                    "which": f"{NO_COMPILER} and {which}" if which else NO_COMPILER,
+                    "simd": level,
+                }
                 for level in (levels[0], levels[-1])
-                for tests in OP_TESTS
+                for tests, which in OP_TESTS
             ]
         return every
 

@@ -148,9 +148,8 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-# -O1 keeps the lines of a report right, and the build short; the other contracts to FMA as -O3
-# does: the accuracy of exponentials rests on it.
-SANITIZED = ["-O1", "-fexpensive-optimizations", "-g1", "-fno-omit-frame-pointer"]
+# -O1 keeps the lines of a report right, and the build short.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
     # vptr wants the types of pybind11's hidden classes; -fwrapv, which Python's own flags may have,

@@ -49,6 +49,10 @@ EQUIVALENT: dict[str, str] = {
             ),
         )
     },
+    "csrc/cpu/train.cpp:check_operand: t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous() "
+    "-> t.scalar_type() == dtype && true && t.is_contiguous()": (
+        "PyTorch looks for a kernel of the other device, and has none"
+    ),
     'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
     'false || wanted == "baseline"': "reached with AVX2 only if something is wanted",
     **{

@@ -1065,7 +1065,7 @@ def test_epoch_refusals(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights", "biases", "state"])
-@pytest.mark.parametrize("change", ["size", "strides"])
+@pytest.mark.parametrize("change", ["size", "strides", "dtype"])
 def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
     call, ops = Call.of("sgd"), torch.ops.torchbp_trainer
     if change == "strides" and name == "biases":
@@ -1076,6 +1076,8 @@ def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
     tensor = getattr(call, name)[0]
     if change == "size":
         tensor.resize_(2)
+    elif change == "dtype":
+        tensor.data = tensor.double()
     else:
         tensor.t_()
     try:

@@ -64,11 +64,13 @@ REASONS = {
         optimizer take {empty} of our {ours}; with kernels without cost that would be {possible}.
         What is left is the engine's start and end, its six accumulations, and Python around two
         Functions. `compile_step` does the same step without them.""",
-    "tiny_step": """The products alone take the floor, {floor}; the rest of our {ours} are a call
+    "tiny_step": """The products alone take {floor} on all threads, but these are too short to be
+        shared: on one thread about twice that. The rest of our {ours} are a call
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the
         update inside the products' tiles, cross-entropy and the transposition of operands of some
         thousand numbers. Half of the examples on each of two threads, and then half of the weights,
-        gained 7 % and was given up.""",
+        gained 7 % and was given up. The ratio to JAX follows JAX's time, which varies by a third
+        from run to run.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest is what a tile of a product that takes a
         microsecond costs besides: its ends, transposed operands, activations, updates. Half of the

@@ -51,8 +51,8 @@ REASONS = {
         large product, of our {ours}: at that rate alone, with bias, activation and sums for
         nothing, the ratio would be {at_floor}. Huge pages behind the results made no
         difference.""",
-    "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours}; at
-        that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
+    "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours};
+        at that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
         update, activations and cross-entropy happen in their tiles.""",
     "cifar_epoch": """The floor, {floor} of our {ours}, is had from the best rate of a large

@@ -49,6 +49,9 @@ EQUIVALENT: dict[str, str] = {
             ),
         )
     },
+    "csrc/ops.h:make_loop: t->scalar_type() == loop.dtype -> true": (
+        "each operation has compared the dtypes before, in words of its own"
+    ),
     "csrc/cpu/train.cpp:check_operand: t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous() "
     "-> t.scalar_type() == dtype && true && t.is_contiguous()": (
         "PyTorch looks for a kernel of the other device, and has none"

@@ -58,6 +58,20 @@ def test_raw_op_is_differentiable_or_refuses(name: str) -> None:
             compare(run, free, mode)
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_raw_op_with_a_parameter_of_its_own_refuses(name: str) -> None:
+    """Its gradient would be that of the default; forward alone is right."""
+    x, weight = randn(5, 3), randn(4, 3)
+    parts: tuple[Any, ...] = (weight, None) if name == "linear" else ([weight, randn(2, 4)], [])
+    before = getattr(ops, name)(x, *parts, "elu", 0.5)
+    x.requires_grad_()
+    getattr(ops, name)(x, *parts, "elu", 1.0)
+    with pytest.raises(RuntimeError, match=f"torchbp::{name} .* for the default parameter alone"):
+        getattr(ops, name)(x, *parts, "elu", 0.5)
+    with torch.no_grad():
+        assert_same(getattr(ops, name)(x, *parts, "elu", 0.5), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSING))
 def test_fused_kernel_refuses_a_tangent(name: str) -> None:
     """Forward mode is not dropped silently, and what carries no tangent passes."""

@@ -32,7 +32,7 @@ import torch
 
 import torchbp
 
-__all__ = ["ROOT", "Figure", "Measured", "Piece", "Result", "State", "key_of", "run"]
+__all__ = ["ROOT", "Figure", "Measured", "Piece", "Result", "State", "end", "key_of", "run"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,16 +205,22 @@ class Worker:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
         self.listener.join()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # a request that nobody reads
-                    pipe.close()
+        end(self.process)
 
     @property
     def dead(self) -> bool:
         return self.process.poll() is not None
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and close its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):  # a request that nobody reads
+                pipe.close()
 
 
 def run(

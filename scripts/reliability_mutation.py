@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import ClassVar
 
-from scripts.reliability_frame import Figure, Measured, Piece, Result
+from scripts.reliability_frame import Figure, Measured, Piece, Result, end
 from scripts.reliability_mutants import (
     Mutant,
     mutants,
@@ -136,7 +136,11 @@ class Killer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._answer()
+        try:
+            self._answer()
+        except RuntimeError:
+            end(self.process)
+            raise
 
     def _answer(self) -> Result:
         assert self.process.stdout is not None

@@ -23,7 +23,7 @@ from scripts import (
     reliability_sanitizers,
     reliability_versions,
 )
-from scripts.reliability_frame import ROOT
+from scripts.reliability_frame import ROOT, end
 from scripts.reliability_mutants import (
     Mutant,
     cells,
@@ -279,8 +279,7 @@ def test_killed_and_surviving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     whole, noticed, missed = (
         killer.run(None), killer.run(mutant, "test_sees.py"), killer.run(mutant, "test_blind.py"),
     )  # fmt: skip
-    killer.process.kill()
-    killer.process.communicate()
+    end(killer.process)
     assert (whole["killed"], whole["ran"]) == (False, 2)
     assert noticed["killed"]
     assert noticed["by"].endswith("test_sees.py::test")

@@ -24,6 +24,7 @@ from tests.ops import (
     matmul_case,
     maxout_case,
     mlp_case,
+    run,
 )
 from torchbp.graph.text import dtype_name
 
@@ -49,15 +50,6 @@ LARGE: dict[str, Case] = {
     "mlp": mlp_case("large", (257, 300), [129, 65, 10]),
     "l2_penalty": l2_penalty_case("large", (BIG,), (BIG,)),
 }
-
-
-def results(case: Case, inputs: list[Tensor], upstream: Tensor | None) -> list[Tensor]:
-    """Output and gradients."""
-    given = [tensor.detach() for tensor in inputs]
-    free = [given[i].requires_grad_() for i in case.differentiable]
-    y = case.ours(*given)
-    dy = torch.ones_like(y) if upstream is None else upstream
-    return [y.detach(), *torch.autograd.grad(y, free, dy)]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -106,14 +98,14 @@ class Determinism(Figure):
                 torch.manual_seed(0)
                 inputs = case.make(dtype)
                 torch.set_num_threads(1)
-                first = results(case, inputs, None)
+                first = run(case.ours, inputs, None, case.differentiable)
                 upstream = torch.randn_like(first[0])
-                first = results(case, inputs, upstream)
+                first = run(case.ours, inputs, upstream, case.differentiable)
                 for threads in THREADS:
                     torch.set_num_threads(threads)
                     differing = set()
                     for _ in range(-(-calls // len(THREADS))):
-                        again = results(case, inputs, upstream)
+                        again = run(case.ours, inputs, upstream, case.differentiable)
                         differing |= {
                             i
                             for i, (a, b) in enumerate(zip(first, again, strict=True))

@@ -39,6 +39,7 @@ from tests.ops import (
     matmul_case,
     maxout_case,
     mlp_case,
+    run,
 )
 from torchbp import ROWS
 from torchbp.functions.gate import GATES
@@ -467,20 +468,6 @@ class Tally:
             self.share = max(self.share, float(shares.nan_to_num(nan=0.0, posinf=0.0).max()))
 
 
-def run(
-    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor | None, free: list[int]
-) -> tuple[Tensor, list[Tensor]]:
-    """(output, gradients of the inputs at `free`)."""
-    leaves = [x.detach() for x in inputs]
-    for i in free:
-        leaves[i].requires_grad_()
-    y = function(*leaves)
-    if upstream is None or not free:
-        return y.detach(), []
-    grads = torch.autograd.grad(y, [leaves[i] for i in free], upstream)
-    return y.detach(), list(grads)
-
-
 def compared(name: str, got: Tensor, truth: Tensor, bound: Bounded, tally: Tally) -> str:
     """What is wrong, if anything is."""
     if got.shape != truth.shape:
@@ -517,10 +504,10 @@ def check(given: Given, tally: Tally) -> str:
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     shape = case.reference(*wide).shape
     upstream = made(Input(tuple(shape)), given["upstream"], given["values"], dtype, source)
-    wanted, of_wanted = run(case.reference, wide, upstream.double(), free)
+    wanted, *of_wanted = run(case.reference, wide, upstream.double(), free)
     torch.set_num_threads(given["threads"])
     try:
-        y, grads = run(case.ours, inputs, upstream, free)
+        y, *grads = run(case.ours, inputs, upstream, free)
     except Exception as error:
         return f"raises {type(error).__name__}: {error}".splitlines()[0]
     finally:

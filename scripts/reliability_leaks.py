@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.reliability_determinism import results
 from scripts.reliability_frame import Figure, Measured, Piece, Result
 from scripts.reliability_malformed import MALFORMED, silent
 from scripts.write_readme_tables import code, table
-from tests.ops import DTYPES, OPS, Case
+from tests.ops import DTYPES, OPS, Case, run
 
 __all__ = ["KINDS", "Leaks", "Memory"]
 
@@ -124,7 +123,9 @@ def forward(op: str) -> list[Callable[[], Any]]:
 
 
 def backward(op: str) -> list[Callable[[], Any]]:
-    return [partial(results, case, inputs, None) for case, inputs in prepared(op)]
+    return [
+        partial(run, case.ours, inputs, None, case.differentiable) for case, inputs in prepared(op)
+    ]
 
 
 def raising(op: str) -> list[Callable[[], Any]]:

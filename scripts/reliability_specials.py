@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache, reduce
 
 import torch
 from torch import Tensor
 
 from scripts.reliability_accuracy import levels
-from scripts.reliability_determinism import results
 from scripts.reliability_frame import Figure, Measured, Piece, Result
 from scripts.write_readme_tables import code, table
 from tests.compare import ulps_off
 from tests.machine import LEVELS
-from tests.ops import DTYPES, OPS, Case
+from tests.ops import DTYPES, OPS, Case, run
 from torchbp.graph.text import dtype_name
 
 __all__ = ["Specials"]
@@ -156,9 +154,10 @@ class Specials(Figure):
             return self.measure_product(piece)
         case, dtype = CALLS[piece["call"]], getattr(torch, piece["dtype"])
         inputs, dy = cells(case, dtype)
-        twin = Case(case.op, case.name, case.reference, case.reference, case.inputs)
-        ours, theirs = results(case, inputs, dy), results(twin, inputs, dy)
-        wide = results(twin, [x.double() for x in inputs], dy.double())
+        free = case.differentiable
+        ours = run(case.ours, inputs, dy, free)
+        theirs = run(case.reference, inputs, dy, free)
+        wide = run(case.reference, [x.double() for x in inputs], dy.double(), free)
         of_nan = reduce(torch.logical_or, [x.isnan() for x in inputs])
         found, wrong = [], []
         for i, (mine, other, truth) in enumerate(zip(ours, theirs, wide, strict=True)):
@@ -191,20 +190,19 @@ class Specials(Figure):
 
     def measure_product(self, piece: Piece) -> Result:
         case, dtype = PRODUCTS[piece["call"]], getattr(torch, piece["dtype"])
-        twin = replace(case, ours=case.reference)
+        free = case.differentiable
         found: dict[str, Result] = {}
         wrong = []
         for where, value, inputs, dy in special(case, dtype):
-            mine = results(case, inputs, dy)
-            other = results(twin, inputs, dy)
+            mine = run(case.ours, inputs, dy, free)
+            other = run(case.reference, inputs, dy, free)
             wide = [x.double() if x.is_floating_point() else x for x in inputs]
-            for i, (own, theirs, truth) in enumerate(
-                zip(mine, other, results(twin, wide, dy.double()), strict=True)
-            ):
+            exact = run(case.reference, wide, dy.double(), free)
+            for i, (own, theirs, truth) in enumerate(zip(mine, other, exact, strict=True)):
                 same = alike(own, theirs)
                 if bool(same.all()):
                     continue
-                direction = "forward" if i == 0 else f"gradient {case.differentiable[i - 1]}"
+                direction = "forward" if i == 0 else f"gradient {free[i - 1]}"
                 place = tuple((~same).nonzero()[0].tolist())
                 one = found.setdefault(
                     f"{direction}, {where}",

@@ -101,6 +101,20 @@ class Case:
         return bind(self.ours), bind(self.reference), [inputs[i] for i in free]
 
 
+def run(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | None,
+    free: Sequence[int],
+) -> list[Tensor]:
+    """Output and gradients of the inputs at `free`; without an upstream gradient, for ones."""
+    given = [tensor.detach() for tensor in inputs]
+    leaves = [given[i].requires_grad_() for i in free]
+    y = function(*given)
+    dy = torch.ones_like(y) if upstream is None else upstream
+    return [y.detach(), *(torch.autograd.grad(y, leaves, dy) if leaves else ())]
+
+
 @dataclass(frozen=True)
 class Op:
     """One row of the table.

@@ -50,7 +50,7 @@ from scripts.reliability_leaks import Leaks
 from scripts.reliability_malformed import Malformed
 from scripts.reliability_proofs import Proofs
 from scripts.reliability_specials import Specials
-from tests import proofs
+from tests import ops, proofs
 from tests.compare import ulps_off
 from tests.ops import DTYPES, OPS, RAW_OPS, Case, Input
 from tests.raw import ON_BYTES
@@ -523,15 +523,15 @@ def test_a_call_that_is_wrong_is_found_and_one_line_repeats_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     piece: Piece = {"op": op, "level": None, "seed": 0, "cases": 300}
-    real = reliability_fuzz.run
+    real = ops.run
 
     def run_that_is_wrong(
         function: Any, inputs: list[Tensor], upstream: Any, free: list[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        y, grads = real(function, inputs, upstream, free)
+    ) -> list[Tensor]:
+        y, *grads = real(function, inputs, upstream, free)
         if inputs[0].dtype != torch.float64:  # as the reference is
             fault(y, grads, inputs[0])
-        return y, grads
+        return [y, *grads]
 
     with monkeypatch.context() as patch:
         patch.setattr(reliability_fuzz, "run", run_that_is_wrong)
@@ -592,18 +592,20 @@ def test_a_result_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch, case
     figure = Determinism()
     piece = {"op": "relu", "dtype": "float32", "level": None, "calls": 12}
     assert figure.measure(piece)["failures"] == []
-    real = reliability_determinism.results
+    real, large = ops.run, case_name == "relu-large"
     calls = 0
 
-    def changing(case: Any, inputs: list[Tensor], upstream: Tensor | None) -> list[Tensor]:
+    def changing(
+        function: Any, inputs: list[Tensor], upstream: Any, free: list[int]
+    ) -> list[Tensor]:
         nonlocal calls
-        y, *grads = real(case, inputs, upstream)
-        calls += str(case) == case_name
+        y, *grads = real(function, inputs, upstream, free)
+        calls += (inputs[0].numel() == reliability_determinism.BIG) == large
         if calls == 4:
             y[y == 0] = -0.0
         return [y, *grads]
 
-    monkeypatch.setattr(reliability_determinism, "results", changing)
+    monkeypatch.setattr(reliability_determinism, "run", changing)
     result = figure.measure(piece)
     assert len(result["failures"]) == 1
     assert result["failures"][0].startswith(f"{case_name} in float32, None, ")

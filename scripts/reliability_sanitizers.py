@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from scripts.reliability_accuracy import levels
 from scripts.reliability_frame import Figure, Measured, Piece, Result
 from scripts.reliability_tree import SANITIZERS, Tree, sanitizer_tree
 from scripts.write_readme_tables import code, table
-from tests.machine import LEVELS, cpu_flags
 
-__all__ = ["Sanitizers", "Watched", "environment", "watch"]
+__all__ = ["Sanitizers", "Watched", "environment", "last_line", "passed_in", "watch"]
 
 #: What drives the kernels. Tests that compile run Python and not kernels, most of their time.
 NO_COMPILER = "not compile and not inductor and not fresh and not export"
@@ -157,6 +157,16 @@ def watch(
     return Watched(result.returncode, result.stdout, tuple(found))
 
 
+def passed_in(output: str) -> int:
+    """How many tests passed, as pytest says it."""
+    passed = re.search(r"(\d+) passed", output)
+    return int(passed.group(1)) if passed else 0
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
 def line_of(report: str) -> str:
     """What a report says, and where in our sources, as one line."""
     said = re.search(r"^.*(?:ERROR: |WARNING: |runtime error: |CHECK failed).*$", report, re.M)
@@ -189,7 +199,6 @@ class Sanitizers(Figure):
             return [
                 piece for piece in self._planted() if sanitizer_tree(piece["sanitizer"]).current
             ]
-        levels = [level for level in LEVELS if LEVELS[level] <= cpu_flags()]
         every = self._planted()
         for sanitizer in SANITIZERS:
             if sanitizer == "thread":
@@ -206,7 +215,7 @@ class Sanitizers(Figure):
                     "which": f"{NO_COMPILER} and {which}" if which else NO_COMPILER,
                     "simd": level,
                 }
-                for level in (levels[0], levels[-1])
+                for level in (levels()[0], levels()[-1])
                 for tests, which in OP_TESTS
             ]
         return every
@@ -257,12 +266,11 @@ class Sanitizers(Figure):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         command += ["-p", "no:xdist", "-k", piece["which"], piece["tests"]]
         found = watch(piece["sanitizer"], tree.folder, command, tree.python(variables))
-        passed = re.search(r"(\d+) passed", found.output)
-        ran = int(passed.group(1)) if passed else 0
+        ran = passed_in(found.output)
         failures = [f"{label_of(piece)}: {report}" for report in found.reports]
         if found.status or not ran:
             last = [line for line in found.output.splitlines() if line.startswith(("FAILED", "E "))]
-            said = last[-1] if last else (found.output.strip().splitlines() or ["no output"])[-1]
+            said = last[-1] if last else last_line(found.output)
             failures.append(f"{label_of(piece)}: exit status {found.status}: {said}")
         return {"said": "", "tests": ran, "failures": failures}
 

@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-__all__ = ["SANITIZERS", "Tree", "checksum", "sanitizer_tree"]
+__all__ = ["SANITIZERS", "Tree", "checksum", "importing", "sanitizer_tree"]
 
 #: What of a checkout is neither a source nor a test.
 LEFT_OUT = {"build", "dist", "runs", "__pycache__", "node_modules"}
@@ -147,10 +147,17 @@ class Tree:
 
     def python(self, environment: Mapping[str, str]) -> dict[str, str]:
         """The environment of a Python process in the copy's folder that imports the copy."""
-        own = {**os.environ, "PYTHONPATH": str(self.folder), **environment}
-        for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
-            own.pop(name, None)
-        return own
+        return importing(self.folder, environment)
+
+
+def importing(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a Python process that imports what is in a folder, and is no worker of
+    the tests that may run this.
+    """
+    own = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"):
+        own.pop(name, None)
+    return own
 
 
 def sanitizer_tree(sanitizer: str) -> Tree:

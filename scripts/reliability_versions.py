@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from pathlib import Path
 
 import torchbp
 from scripts.reliability_frame import ROOT, Figure, Measured, Piece, Result
-from scripts.reliability_sanitizers import NO_COMPILER
-from scripts.reliability_tree import checksum
+from scripts.reliability_sanitizers import NO_COMPILER, last_line, passed_in
+from scripts.reliability_tree import checksum, importing
 from scripts.write_readme_tables import table
 
 __all__ = ["WANTED", "Environment", "Versions", "environments"]
@@ -100,8 +99,7 @@ def environments() -> dict[str, Environment]:
 
 
 def run(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    own.pop("PYTEST_XDIST_WORKER", None)
+    own = importing(ROOT, {"OMP_NUM_THREADS": "1"})
     return subprocess.run(
         [python, *arguments], cwd=ROOT, env=own, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, errors="replace",
@@ -159,8 +157,7 @@ class Versions(Figure):
             return {"tests": 0, "failures": [wrong]}
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line"]
         result = run(python, "-m", "pytest", *options, "-k", piece["which"], piece["tests"])
-        passed = re.search(r"(\d+) passed", result.stdout)
-        ran = int(passed.group(1)) if passed else 0
+        ran = passed_in(result.stdout)
         failures = [
             f"{label}: {line}"
             for line in result.stdout.splitlines()
@@ -185,7 +182,3 @@ class Versions(Figure):
                 ]
             )
         return [table(["torch", "tests passed", "failures"], rows)]
-
-
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no output"])[-1]

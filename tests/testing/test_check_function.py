@@ -619,6 +619,9 @@ def test_a_crash_of_compiled_code_is_a_row(
     said = capsys.readouterr().out
     assert "the process is killed by SIGSEGV" in said
     assert "1 failed" in said
+    # Short, as argparse takes it: the processes are no parents of others.
+    assert main(["own_ops.py:scaled", "3", "-2.0", "--checks", "vmap", "--isol"]) == 0
+    assert "1 passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Writes the stepper for one call of it: a page on which forward and backward run 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .command import FORMS, Wrong, function_of, inputs_of, separated, with_spaces
+from .command import FORMS, Wrong, function_of, inputs_of, parser_of, separated, with_spaces
 from .flat import flat_code
 from .ledger import Ledger
 from .svg import write
@@ -36,20 +35,14 @@ The module is imported, and so its code runs; a file of tensors is read without 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchbp.graph",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "target",
-        metavar="MODULE:FUNCTION",
-        help="a function, a module (torch.nn.Module) or a class of modules that needs no arguments;"
+    parser = parser_of(
+        "torchbp.graph",
+        _DESCRIPTION,
+        _EPILOG,
+        "MODULE:FUNCTION",
+        "a function, a module (torch.nn.Module) or a class of modules that needs no arguments;"
         " MODULE as it is imported, or a .py file",
     )
-    parser.add_argument("input", nargs="*", metavar="INPUT", help="a shape or numbers; see below")
-    parser.add_argument("--inputs", metavar="FILE", help="a .pt or .safetensors file of tensors")
     parser.add_argument(
         "-o",
         "--output",

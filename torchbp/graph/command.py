@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -21,7 +22,15 @@ from torch.nn import Module
 
 from .calling import input_names, kinds, name_of
 
-__all__ = ["FORMS", "Wrong", "function_of", "inputs_of", "separated", "with_spaces"]
+__all__ = [
+    "FORMS",
+    "Wrong",
+    "function_of",
+    "inputs_of",
+    "parser_of",
+    "separated",
+    "with_spaces",
+]
 
 #: How inputs are written, for the help.
 FORMS = """\
@@ -43,6 +52,22 @@ _VALUES = re.compile(r"(?P<values>\[.*\]|[-+]?\d*\.\d*(?:[eE][-+]?\d+)?)(?::(?P<
 
 class Wrong(Exception):
     """What the user is to change, in one line."""
+
+
+def parser_of(
+    module: str, description: str, epilog: str, target: str, what: str
+) -> argparse.ArgumentParser:
+    """A parser of `python -m MODULE TARGET INPUT ...`, `what` being the help on the target."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar=target, help=what)
+    parser.add_argument("input", nargs="*", metavar="INPUT", help="a shape or numbers; see below")
+    parser.add_argument("--inputs", metavar="FILE", help="a .pt or .safetensors file of tensors")
+    return parser
 
 
 def with_spaces(arguments: Sequence[str]) -> list[str]:

@@ -16,7 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from torchbp.graph.command import FORMS, Wrong, function_of, inputs_of, separated, with_spaces
+from torchbp.graph.command import (
+    FORMS,
+    Wrong,
+    function_of,
+    inputs_of,
+    parser_of,
+    separated,
+    with_spaces,
+)
 
 from .battery import CHECKS, chosen, rows_of, settings_of, those_required
 from .outcome import FunctionReport, Row
@@ -41,20 +49,14 @@ The module is imported, and so its code runs; a file of tensors is read without 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchbp.testing",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "target",
-        metavar="MODULE:NAME",
-        help="an autograd.Function, a function, an operation, a module or a class of modules that "
+    parser = parser_of(
+        "torchbp.testing",
+        _DESCRIPTION,
+        _EPILOG,
+        "MODULE:NAME",
+        "an autograd.Function, a function, an operation, a module or a class of modules that "
         "needs no arguments; MODULE as it is imported, or a .py file",
     )
-    parser.add_argument("input", nargs="*", metavar="INPUT", help="a shape or numbers; see below")
-    parser.add_argument("--inputs", metavar="FILE", help="a .pt or .safetensors file of tensors")
     parser.add_argument(
         "--reference", metavar="MODULE:NAME", help="a function of the same arguments that is right"
     )
@@ -93,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(with_spaces(given))
     try:
         report = _checked(args, with_spaces(given))
-        if args.rows is not None:
+        if args.rows is not None:  # whoever started this shows it
             Path(args.rows).write_bytes(pickle.dumps(report.rows))
+            return 0
         if args.html is not None:
             report.to_html(args.html)
     except (Wrong, ImportError, OSError) as error:
@@ -130,7 +133,9 @@ def _checked(args: argparse.Namespace, given: Sequence[str]) -> FunctionReport:
     subject = _subject(fn, inputs, settings)
 
     def run(name: str) -> list[Row]:
-        return _isolated(given, name) if args.isolate else list(rows_of(subject, [name], required))
+        if args.isolate and args.rows is None:
+            return _isolated(given, name)
+        return list(rows_of(subject, [name], required))
 
     console = Console(stderr=True)
     columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn()
@@ -157,13 +162,12 @@ def _subject(fn: Callable[..., Any], inputs: Sequence[Any], settings: Settings) 
 
 def _isolated(given: Sequence[str], name: str) -> list[Row]:
     """The row of a check that runs in a process of its own."""
-    own = [text for text in given if text != "--isolate"]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
         # The last of an option given twice counts.
         last = ["--checks", name, "--skip", "", "--rows", str(rows)]
         done = subprocess.run(
-            [sys.executable, "-m", "torchbp.testing", *own, *last],
+            [sys.executable, "-m", "torchbp.testing", *given, *last],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if rows.is_file():

@@ -616,21 +616,27 @@ def _tensors(ran: Ran) -> list[Tensor]:
     return [*ran.outputs, *(torch.zeros(()).double() if g is None else g for g in ran.grads)]
 
 
+def _widely(
+    s: Subject, args: Sequence[Any], got: Ran
+) -> tuple[Sequence[Any], Sequence[Tensor], Ran]:
+    """The same arguments and upstream in float64, and what the function makes of them there."""
+    wide = [widened(x) for x in args]
+    upstream = [widened(v) for v in upstream_of(got.outputs)]
+    with plainly():
+        return wide, upstream, s.run(s.leaves(wide), upstream=upstream)
+
+
 def _in_dtype(dtype: torch.dtype) -> Callable[[Subject], str | None]:
     def check(s: Subject) -> str | None:
         args = _narrowed(s, dtype)
         got = s.run(s.leaves(args))
-        wide = [x.to(y.dtype) if is_number(x) else x for x, y in zip(args, s.args, strict=True)]
-        upstream = [widened(v) for v in upstream_of(got.outputs)]
-        with plainly():
-            truth = s.run(s.leaves(wide), upstream=upstream)
+        wide, upstream, truth = _widely(s, args, got)
         constants = {x.dtype for x in captured(s.original).values() if isinstance(x, Tensor)}
         wider = any(torch.promote_types(kind, dtype) is not dtype for kind in constants)
         for name, y, right in zip(got.names, got.outputs, truth.outputs, strict=False):
             if y.dtype is not dtype and right.dtype is torch.float64 and not wider:
                 raise Failed(f"{name} is {dtype_name(y.dtype)} for {dtype_name(dtype)} inputs")
-        allowed = _allowed(s, wide, truth, dtype, upstream)
-        found = s.differences(got, truth, allowed)
+        found = s.differences(got, truth, _allowed(s, wide, truth, dtype, upstream))
         if found:
             raise Failed(f"against float64 at the same numbers: {found[0]}")
         return None
@@ -684,12 +690,8 @@ def _autocast(s: Subject) -> str | None:
     for i, grad in zip(s.where, got.grads, strict=True):
         if grad is not None and grad.dtype is not torch.float32:
             raise Failed(f"the gradient of {s.names[i]} is {dtype_name(grad.dtype)}")
-    wide = [x.double() if is_number(x) else x for x in args]
-    upstream = [widened(v) for v in upstream_of(got.outputs)]
-    with plainly():
-        truth = s.run(s.leaves(wide), upstream=upstream)
-    allowed = _allowed(s, wide, truth, torch.bfloat16, upstream)
-    found = s.differences(got, truth, allowed)
+    wide, upstream, truth = _widely(s, args, got)
+    found = s.differences(got, truth, _allowed(s, wide, truth, torch.bfloat16, upstream))
     if found:
         raise Failed(f"against float64 at the same numbers: {found[0]}")
     kinds = ", ".join(dict.fromkeys(dtype_name(y.dtype) for y in got.outputs))
@@ -858,19 +860,11 @@ def _determinism(s: Subject) -> str | None:
     first = s.truth()
     exact = Tolerance(s.settings.nondet_tol, 0.0)
 
-    def again(when: str, exact: Tolerance) -> None:
-        other = s.truth()
-        pairs = zip(
-            [*other.outputs, *other.grads],
-            [*first.outputs, *first.grads],
-            [*first.names, *(f"the gradient of {s.names[i]}" for i in s.where)],
-            strict=True,
-        )
-        for got, wanted, name in pairs:
-            text = difference(name, got, wanted, exact)
-            if text:
-                why = text.replace(" is wrong in ", " differs in ").partition(":")[0]
-                raise Failed(f"{when} {why}")
+    def again(when: str, allowed: Tolerance) -> None:
+        found = s.differences(s.truth(), first, allowed)
+        if found:
+            why = found[0].replace(" is wrong in ", " differs in ").partition(":")[0]
+            raise Failed(f"{when} {why}")
 
     for _ in range(5):
         again("in another run", exact)

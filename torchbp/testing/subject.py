@@ -351,10 +351,10 @@ class Subject:
         self,
         got: Ran,
         wanted: Ran,
-        allowed: Sequence[Tensor] | None = None,
+        allowed: Sequence[Tensor] | Tolerance | None = None,
         where: Sequence[int] | None = None,
     ) -> list[str]:
-        """In words what differs, outputs and gradients."""
+        """In words what differs, outputs and gradients, by more than is allowed (of each)."""
         if len(got.outputs) != len(wanted.outputs):
             return [f"{len(got.outputs)} outputs, and {len(wanted.outputs)} are right"]
         places = self.where if where is None else where
@@ -362,7 +362,11 @@ class Subject:
         pairs = zip(
             [*got.outputs, *got.grads], [*wanted.outputs, *wanted.grads], names, strict=True
         )
-        limits: Sequence[Tensor | Tolerance] = allowed or [self.tolerance] * len(names)
+        limits: Sequence[Tensor | Tolerance]
+        if allowed is None or isinstance(allowed, Tolerance):
+            limits = [allowed or self.tolerance] * len(names)
+        else:
+            limits = allowed
         found = [
             difference(name, one, other, limit)
             for (one, other, name), limit in zip(pairs, limits, strict=True)

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -80,14 +81,20 @@ inline Tensor empty_strided(Sizes sizes, const int64_t* strides, int32_t dtype, 
   return Tensor(result);
 }
 
-// A new tensor on the device of `like`, contiguous.
-inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
-  int64_t strides[kMaxDims], stride = 1;
+inline std::array<int64_t, kMaxDims> contiguous_strides(Sizes sizes) {
+  std::array<int64_t, kMaxDims> strides{};
+  int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty_strided(sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like);
+  return strides;
+}
+
+// A new tensor on the device of `like`, contiguous.
+inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
+  return empty_strided(sizes, contiguous_strides(sizes).data(),
+                       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like);
 }
 
 // A new tensor like `t`, with its layout: torch.empty_like.

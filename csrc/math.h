@@ -158,15 +158,16 @@ TORCHBP_INLINE T expm1(T x) {
   return x == 0 ? x : y;  // -0 stays -0
 }
 
-// tanh(|x|) = q = t / (t + 2) with t = expm1(2 |x|), which divides the relative error of t by at least 1 + t / 2; then
-// the sign of x. For small t, where that is little, the same as t / 2 (1 - q), in which the errors of q are small beside
-// t / 2. Beyond 20 the result is 1 in every dtype.
+// tanh(|x|) = t / (t + 2) with t = expm1(2 |x|); then the sign of x. For large t the same as 1 - 2 / (t + 2): near 1, the
+// errors of what is taken off hardly count, which matters to 1 - y^2 in the backward. For small t, where that cancels and
+// t / (t + 2) has all of the error of t, the same as t / 2 - t / 2 q with q = t / (t + 2), in which the errors of q are
+// small beside t / 2. Beyond 20 the result is 1 in every dtype.
 template <class T>
 TORCHBP_INLINE T tanh(T x) {
   const T size = abs(x);
   const T t = expm1(2 * where(size > 20, 20, size));
-  const T q = t / (t + 2), half = t / 2;
-  return std::copysign(where(t < 1, half - half * q, q), x);
+  const T q = where(t < 2, t, T(2)) / (t + 2), half = t / 2;
+  return std::copysign(where(t < 2, half - half * q, 1 - q), x);
 }
 
 // x = 2^k (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); with s = f / (2 + f), log(1 + f) = 2 atanh(s) is

@@ -25,6 +25,16 @@ struct Batch {
   int64_t n = 0;
   void* out = nullptr;  // [n, channels, height, width], contiguous
   torch::headeronly::ScalarType dtype = torch::headeronly::ScalarType::Float;  // of `out`
+
+  // Rows [begin, end) alone, to be written to the start of `out`.
+  Batch rows(int64_t begin, int64_t end) const {
+    Batch part = *this;
+    part.index += begin;
+    if (flip) part.flip += begin;
+    if (shift) part.shift += 2 * begin;
+    part.n = end - begin;
+    return part;
+  }
 };
 
 }  // namespace torchbp

@@ -58,9 +58,6 @@ void define_operations(StableLibrary& m) {
 void define_others(StableLibrary& m) {
   m.def("sgd_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
   m.def("adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
-  m.def(
-      "image_batch(Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
-      "ScalarType dtype) -> Tensor");
 }
 
 void register_on_cpu(StableLibrary& m) {

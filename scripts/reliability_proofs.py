@@ -35,7 +35,7 @@ from tests.proofs import (
     compare_case,
     equations,
 )
-from tests.raw import ON_BYTES, REFUSING, bound, samples_of
+from tests.raw import REFUSING, bound, samples_of
 from torchbp import ROWS
 
 __all__ = ["Proofs"]
@@ -64,7 +64,7 @@ CALLS: dict[str, Case] = {
 }
 
 #: What records a gradient of its own in torch.ops.torchbp.
-DIFFERENTIABLE = [name for name in RAW_OPS if name not in REFUSING | ON_BYTES]
+DIFFERENTIABLE = [name for name in RAW_OPS if name not in REFUSING]
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Proofs(Figure):
         cut: list[Piece] = [{"row": row, "level": levels()[-1]} for row in ROWS]
         for level in levels():
             cut += [{"op": op, "level": level} for op in OPS]
-            cut += [{"raw": name, "level": level} for name in RAW_OPS if name not in ON_BYTES]
+            cut += [{"raw": name, "level": level} for name in RAW_OPS]
         return cut
 
     def size(self, piece: Piece) -> int:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tests.ops import RAW_OPS
 from torchbp.functions.table import ROWS, Row
 
-__all__ = ["ON_BYTES", "REFUSING", "Sample", "bound", "randn", "requiring_grad", "samples_of"]
+__all__ = ["REFUSING", "Sample", "bound", "randn", "requiring_grad", "samples_of"]
 
 Sample = tuple[Any, ...]
 
@@ -82,20 +82,6 @@ def product_samples() -> dict[str, list[Sample]]:
     z = randn(5, 3, 4)
     samples["max_pieces"] += [(z,), (z.transpose(0, 2),), (randn(2, 6),)]
     samples["max_pieces_backward"] += [(dy, ops.max_pieces(z)[1], 3)]
-    pixels, rows = torch.randint(0, 256, (4, 2, 5, 3), dtype=torch.uint8), torch.tensor([3, 0, 3])
-    flip, shift = torch.tensor([0, 1, 1]).byte(), torch.tensor([[0, 1], [-2, 0], [1, -1]]).int()
-    affine = ([0.1, 0.2], [-1.0, 2.0])
-    samples["image_batch"] += [
-        (pixels, rows, flip, shift, *affine, torch.float32),
-        (
-            pixels.transpose(1, 3).contiguous().transpose(1, 3),
-            rows,
-            None,
-            None,
-            *affine,
-            torch.half,
-        ),
-    ]
     samples["l2_penalty"] += [([x, weight.T, bias],), ([randn(())],), ([randn(0), x],)]
     return samples
 
@@ -120,9 +106,6 @@ REFUSING |= {
     if len(row.inputs) == 2
     for which in ("", "_a", "_b")
 }
-
-#: Operations on bytes: there is nothing to differentiate.
-ON_BYTES = {"image_batch"}
 
 
 def requiring_grad(sample: Sample) -> Sample:

@@ -1,69 +1,120 @@
-// image_batch: normalised, mirrored and moved images out of a data set of bytes. It runs where the bytes are, on the CPU.
+// Batches of normalised, mirrored and moved images out of a data set of bytes. They are made where the bytes are, on the
+// CPU.
+//
+// open takes the plan of an epoch and returns its number; batch then makes a batch of it in one call of two numbers. A
+// call of PyTorch from Python takes microseconds, more of them the more arguments it has and after a kernel that has
+// filled the caches; the kernel takes 50.
 #include "images.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../check.h"
+#include <algorithm>
+#include <tuple>
+
+#include "../handles.h"
 #include "backend.h"
+#include "blocks.h"
 
 namespace torchbp {
-ImageBatch describe_images(const char* op, const Tensor& images, const Tensor& index, const std::optional<Tensor>& flip,
-                           const std::optional<Tensor>& shift, std::vector<double> scale, std::vector<double> offset) {
-  const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, const std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(t.scalar_type() == wanted, "torchbp::", op, ": ", name, " wants ScalarType ",
+namespace {
+
+constexpr const char* kOp = "images";
+
+// Never destroyed: an epoch may be left open at the end of the program, when what its tensors need is gone.
+Handles<const Images>& opened() {
+  static auto* const handles = new Handles<const Images>(kOp);
+  return *handles;
+}
+
+}  // namespace
+
+std::shared_ptr<const Images> images_of(int64_t number) { return opened().at(number); }
+
+Batch Images::rows(int64_t begin, int64_t end) const {
+  const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, Sizes shape) {
+    STD_TORCH_CHECK(t.scalar_type() == wanted, "torchbp::", kOp, ": ", name, " wants ScalarType ",
                     static_cast<int>(wanted), ", got ", static_cast<int>(t.scalar_type()));
-    check_shape(op, name, t, shape);
-    check_device(op, name, t, images);
+    check_shape(kOp, name, t, shape);
+    check_device(kOp, name, t, images);
   };
-  STD_TORCH_CHECK(images.dim() == 4, "torchbp::", op, ": images wants shape (N, C, H, W), got ", shape_text(images));
-  check("images", images, ScalarType::Byte, sizes_of(images));
-  STD_TORCH_CHECK(index.dim() == 1, "torchbp::", op, ": index wants shape (n), got ", shape_text(index));
-  check("index", index, ScalarType::Long, sizes_of(index));
-  ImageBatch result{
-      {}, images, dense(index), dense_if_any(flip), dense_if_any(shift), std::move(scale), std::move(offset)};
-  Batch& batch = result.batch;
-  batch.n = index.size(0);
+  STD_TORCH_CHECK(images.dim() == 4, "torchbp::", kOp, ": images wants shape (N, C, H, W), got ", shape_text(images));
+  check("images", images, ScalarType::Byte, images.sizes());
+  STD_TORCH_CHECK(index.dim() == 1, "torchbp::", kOp, ": index wants shape (n), got ", shape_text(index));
+  check("index", index, ScalarType::Long, index.sizes());
+  Batch batch;
+  batch.n = size();
   if (flip) check("flip", *flip, ScalarType::Byte, {batch.n});
   if (shift) check("shift", *shift, ScalarType::Int, {batch.n, 2});
+  check("targets", targets, ScalarType::Long, {batch.n});
   batch.channels = images.size(1);
   batch.height = images.size(2);
   batch.width = images.size(3);
-  STD_TORCH_CHECK(
-      static_cast<int64_t>(result.scale.size()) == batch.channels && result.scale.size() == result.offset.size(),
-      "torchbp::", op, ": scale and offset want ", batch.channels, " numbers each, got ", result.scale.size(), " and ",
-      result.offset.size());
-  batch.index = static_cast<const int64_t*>(result.index.const_data_ptr());
-  for (int64_t i = 0; i < batch.n; ++i)
-    STD_TORCH_CHECK(batch.index[i] >= 0 && batch.index[i] < images.size(0), "torchbp::", op, ": index[", i, "] is ",
+  STD_TORCH_CHECK(static_cast<int64_t>(scale.size()) == batch.channels && scale.size() == offset.size(),
+                  "torchbp::", kOp, ": scale and offset want ", batch.channels, " numbers each, got ", scale.size(),
+                  " and ", offset.size());
+  STD_TORCH_CHECK(0 <= begin && begin <= end && end <= batch.n, "torchbp::", kOp, ": begin wants 0 to ", batch.n,
+                  ", got ", begin);
+  batch.index = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t i = begin; i < end; ++i)
+    STD_TORCH_CHECK(batch.index[i] >= 0 && batch.index[i] < images.size(0), "torchbp::", kOp, ": index[", i, "] is ",
                     batch.index[i], ", out of range for ", images.size(0), " images");
   batch.images = static_cast<const uint8_t*>(images.const_data_ptr());
   for (int d = 0; d < 4; ++d) batch.strides[d] = images.stride(d);
-  if (flip) batch.flip = static_cast<const uint8_t*>(result.flip->const_data_ptr());
-  if (shift) batch.shift = static_cast<const int32_t*>(result.shift->const_data_ptr());
-  batch.scale = result.scale.data();
-  batch.offset = result.offset.data();
-  return result;
+  if (flip) batch.flip = static_cast<const uint8_t*>(flip->const_data_ptr());
+  if (shift) batch.shift = static_cast<const int32_t*>(shift->const_data_ptr());
+  batch.scale = scale.data();
+  batch.offset = offset.data();
+  batch.dtype = dtype;
+  return batch.rows(begin, end);
 }
 
 namespace {
 
-// Returns [n, C, H, W].
-Tensor image_batch(const Tensor& images, const Tensor& index, std::optional<Tensor> flip, std::optional<Tensor> shift,
-                   std::vector<double> scale, std::vector<double> offset, ScalarType dtype) {
-  STD_TORCH_CHECK(is_floating(dtype), "torchbp::image_batch: dtype wants float64, float32, bfloat16 or float16, got ",
+int64_t open(const Tensor& images, const Tensor& index, std::optional<Tensor> flip, std::optional<Tensor> shift,
+             const Tensor& targets, std::vector<double> scale, std::vector<double> offset, ScalarType dtype,
+             int64_t batch_size, bool flatten) {
+  STD_TORCH_CHECK(is_floating(dtype), "torchbp::", kOp, ": dtype wants float64, float32, bfloat16 or float16, got ",
                   "ScalarType ", static_cast<int>(dtype));
-  ImageBatch described =
-      describe_images("image_batch", images, index, flip, shift, std::move(scale), std::move(offset));
-  Batch& batch = described.batch;
-  const Tensor out = empty({batch.n, batch.channels, batch.height, batch.width}, dtype, images);
-  if (out.numel() == 0) return out;
-  batch.out = out.mutable_data_ptr();
-  batch.dtype = dtype;
-  Cpu::batch(batch);
-  return out;
+  STD_TORCH_CHECK(batch_size >= 1, "torchbp::", kOp, ": batch_size wants at least 1, got ", batch_size);
+  const auto all = std::make_shared<const Images>(Images{images, dense(index), dense_if_any(flip), dense_if_any(shift),
+                                                         dense(targets), std::move(scale), std::move(offset), dtype,
+                                                         batch_size, flatten});
+  all->rows(0, all->index.dim() == 1 ? all->size() : 0);
+  return opened().open(all);
 }
+
+// The batch that begins at a row: [B, C, H, W] or, flattened, [B, C H W]; and a copy of its targets.
+std::tuple<Tensor, Tensor> batch(int64_t number, int64_t begin) {
+  const auto all = images_of(number);
+  const int64_t end = begin + std::min(all->batch_size, std::max<int64_t>(all->size() - begin, 0));
+  Batch rows = all->rows(begin, end);
+  const Tensor target = empty({rows.n}, ScalarType::Long, all->targets);
+  std::copy_n(all->target() + begin, rows.n, static_cast<int64_t*>(target.mutable_data_ptr()));
+  const Tensor out = all->flatten
+                         ? empty_in_block({rows.n, rows.channels * rows.height * rows.width}, all->dtype, all->images)
+                         : empty_in_block({rows.n, rows.channels, rows.height, rows.width}, all->dtype, all->images);
+  if (out.numel() > 0) {
+    rows.out = out.mutable_data_ptr();
+    Cpu::batch(rows);
+  }
+  return {out, target};
+}
+
+void close(int64_t number) { opened().close(number); }
 
 }  // namespace
 }  // namespace torchbp
 
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) { m.impl("image_batch", TORCH_BOX(&torchbp::image_batch)); }
+// A library of its own: torch.ops.torchbp has functions of their arguments alone, which can be traced and batched.
+STABLE_TORCH_LIBRARY(torchbp_images, m) {
+  m.def(
+      "open(Tensor images, Tensor index, Tensor? flip, Tensor? shift, Tensor targets, float[] scale, float[] offset, "
+      "ScalarType dtype, int batch_size, bool flatten) -> int");
+  m.def("batch(int images, int begin) -> (Tensor, Tensor)");
+  m.def("close(int images) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(torchbp_images, CPU, m) { m.impl("open", TORCH_BOX(&torchbp::open)); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp_images, CompositeExplicitAutograd, m) {
+  m.impl("batch", TORCH_BOX(&torchbp::batch));
+  m.impl("close", TORCH_BOX(&torchbp::close));
+}

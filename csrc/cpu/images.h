@@ -1,28 +1,33 @@
-// The tensors that describe batches of images, checked once for the operation that makes one batch (images.cpp) and for
-// the trainer that makes an epoch of them (train.cpp).
+// An epoch of images: which of a data set of bytes in what order, mirrored and moved how, and what class each has.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../batch.h"
+#include "../check.h"
 
 namespace torchbp {
 
-// Keeps alive what its Batch points to.
-struct ImageBatch {
-  Batch batch;  // all but `out` and `dtype`
-  torch::stable::Tensor images, index;
-  std::optional<torch::stable::Tensor> flip, shift;
-  std::vector<double> scale, offset;
+struct Images {
+  Tensor images;                      // uint8 [N, C, H, W], of any layout
+  Tensor index;                       // int64 [n]
+  std::optional<Tensor> flip;         // uint8 [n]
+  std::optional<Tensor> shift;        // int32 [n, 2]
+  Tensor targets;                     // int64 [n]
+  std::vector<double> scale, offset;  // [C]
+  ScalarType dtype;                   // of a batch
+  int64_t batch_size;
+  bool flatten;
+
+  // Rows [begin, end): all of a Batch but `out`. Everything is checked, and looked up in the tensors, in every call.
+  Batch rows(int64_t begin, int64_t end) const;
+
+  int64_t size() const { return index.size(0); }
+  const int64_t* target() const { return static_cast<const int64_t*>(targets.const_data_ptr()); }
 };
 
-// images uint8 [N, C, H, W] of any layout, index int64 [n], flip uint8 [n], shift int32 [n, 2], scale and offset [C].
-ImageBatch describe_images(const char* op, const torch::stable::Tensor& images, const torch::stable::Tensor& index,
-                           const std::optional<torch::stable::Tensor>& flip,
-                           const std::optional<torch::stable::Tensor>& shift, std::vector<double> scale,
-                           std::vector<double> offset);
+std::shared_ptr<const Images> images_of(int64_t number);
 
 }  // namespace torchbp

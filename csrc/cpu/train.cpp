@@ -5,11 +5,10 @@
 // operations run it. A trainer holds the very tensors of model and optimizer, and looks up where they are at every call.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "../handles.h"
 #include "../ops.h"
 #include "backend.h"
 #include "gemm.h"
@@ -210,26 +209,13 @@ private:
   Scratch memory_;
 };
 
-// Trainers by number. A running one is kept alive by who runs it.
-std::mutex mutex;
-std::map<int64_t, std::shared_ptr<Trainer>> trainers;
-
-std::shared_ptr<Trainer> trainer_of(int64_t number) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = trainers.find(number);
-  STD_TORCH_CHECK(found != trainers.end(), "torchbp::", kOp, ": there is no trainer ", number);
-  return found->second;
-}
+Handles<Trainer> trainers(kOp);
 
 int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state, Text activation,
              double parameter, double label_smoothing, Text rule, std::vector<int64_t> groups,
              std::vector<int64_t> slots) {
-  auto trainer =
-      std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots);
-  const std::lock_guard<std::mutex> lock(mutex);
-  static int64_t last = 0;
-  trainers.emplace(++last, std::move(trainer));
-  return last;
+  return trainers.open(
+      std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots));
 }
 
 // Whether each of the steps has hyperparameters of its own.
@@ -243,7 +229,7 @@ bool check_hyper(const Trainer& trainer, const std::vector<double>& hyper, int64
 
 // One step on x [n, in], or one on each of xs [steps, n, in]. Returns the losses before the steps.
 Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vector<double> hyper) {
-  const auto trainer = trainer_of(number);
+  const auto trainer = trainers.at(number);
   const Tensor xs = dense(xs_), targets = dense(targets_);
   check_operand("xs", xs, ScalarType::Float);
   check_operand("targets", targets, ScalarType::Long);
@@ -270,47 +256,36 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   return losses;
 }
 
-// One step on each batch of an epoch of images (image_batch): flattened, in the order of `index`; the last one may be
+// One step on each batch of an epoch of images (images.cpp), from the row `begin` on: flattened; the last batch may be
 // smaller, or is left out. Returns the losses before the steps.
-Tensor epoch(int64_t number, const Tensor& images, const Tensor& index, std::optional<Tensor> flip,
-             std::optional<Tensor> shift, std::vector<double> scale, std::vector<double> offset, const Tensor& targets_,
-             int64_t batch_size, bool drop_last, std::vector<double> hyper) {
-  const auto trainer = trainer_of(number);
-  const ImageBatch all = describe_images(kOp, images, index, flip, shift, std::move(scale), std::move(offset));
-  const Tensor targets = dense(targets_);
-  check_operand("targets", targets, ScalarType::Long);
-  check_shape(kOp, "targets", targets, std::vector<int64_t>{all.batch.n});
-  STD_TORCH_CHECK(batch_size >= 1, "torchbp::", kOp, ": batch_size wants at least 1, got ", batch_size);
-  const int64_t features = all.batch.channels * all.batch.height * all.batch.width;
+Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std::vector<double> hyper) {
+  const auto trainer = trainers.at(number);
+  const auto opened = images_of(images);
+  STD_TORCH_CHECK(opened->dtype == ScalarType::Float, "torchbp::", kOp, ": images want dtype float32");
+  const Batch all = opened->rows(begin, opened->size());
+  const int64_t* const target = opened->target() + begin;
+  const int64_t features = all.channels * all.height * all.width, batch_size = opened->batch_size;
   STD_TORCH_CHECK(features == trainer->in_features(), "torchbp::", kOp, ": the network wants ", trainer->in_features(),
                   " inputs, and an image has ", features);
-  const int64_t n = all.batch.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
+  const int64_t n = all.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
   const bool each = check_hyper(*trainer, hyper, count);
-  const Tensor losses = empty({count}, ScalarType::Float, images);
+  const Tensor losses = empty({count}, ScalarType::Float, opened->images);
   on_team_in_rounds(count, [&](int64_t s) {
-    Batch batch = all.batch;
-    const int64_t begin = s * batch_size;
-    batch.n = std::min(batch_size, n - begin);
-    batch.index += begin;
-    if (batch.flip) batch.flip += begin;
-    if (batch.shift) batch.shift += 2 * begin;
+    const int64_t first = s * batch_size;
+    Batch batch = all.rows(first, std::min(first + batch_size, n));
     if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
     batch.out = trainer->batch();
     Cpu::batch(batch);
-    floats_of(losses)[s] =
-        trainer->step({trainer->batch(), features, 1}, static_cast<const int64_t*>(targets.const_data_ptr()) + begin,
-                      hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+    floats_of(losses)[s] = trainer->step({trainer->batch(), features, 1}, target + first,
+                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
   });
   return losses;
 }
 
 // The logits [n, C] of the last step, before its update.
-Tensor logits(int64_t number) { return trainer_of(number)->logits(); }
+Tensor logits(int64_t number) { return trainers.at(number)->logits(); }
 
-void close(int64_t number) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  trainers.erase(number);
-}
+void close(int64_t number) { trainers.close(number); }
 
 }  // namespace
 }  // namespace torchbp
@@ -321,18 +296,16 @@ STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
       "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
   m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
-  m.def(
-      "epoch(int trainer, Tensor images, Tensor index, Tensor? flip, Tensor? shift, float[] scale, float[] offset, "
-      "Tensor targets, int batch_size, bool drop_last, float[] hyper) -> Tensor");
+  m.def("epoch(int trainer, int images, int begin, bool drop_last, float[] hyper) -> Tensor");
   m.def("logits(int trainer) -> Tensor");
   m.def("close(int trainer) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
   m.impl("open", TORCH_BOX(&torchbp::open));
   m.impl("steps", TORCH_BOX(&torchbp::steps));
-  m.impl("epoch", TORCH_BOX(&torchbp::epoch));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CompositeExplicitAutograd, m) {
+  m.impl("epoch", TORCH_BOX(&torchbp::epoch));
   m.impl("logits", TORCH_BOX(&torchbp::logits));
   m.impl("close", TORCH_BOX(&torchbp::close));
 }

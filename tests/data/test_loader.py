@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchbp.data import BatchLoader
 from torchbp.data.loader import channel_statistics
 
 N, C, H, W = 23, 3, 8, 6
+OPS = torch.ops.torchbp_images
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,7 @@ def test_augmentation_is_a_flip_and_a_shift(data: Any, flip: bool, shift: int) -
 
 
 def augmented_batch(c: int, h: int, w: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Images [N, C, H, W] and what torchbp::image_batch makes of them, at and beyond every border:
+    """Images [N, C, H, W] and what the kernel makes of them, at and beyond every border:
     (images, flip, shift, result [n, C, H, W]); row i is image i % N."""
     generator = torch.Generator().manual_seed(c * h * w)
     images = torch.randint(0, 256, (7, c, h, w), dtype=torch.uint8, generator=generator)
@@ -196,8 +198,24 @@ def augmented_batch(c: int, h: int, w: int, dtype: torch.dtype) -> tuple[torch.T
     flip = torch.tensor([f for f, _, _ in cases], dtype=torch.uint8)
     shift = torch.tensor([move for _, *move in cases], dtype=torch.int32)
     index = torch.arange(len(cases)) % len(images)
-    x = torch.ops.torchbp.image_batch(images, index, flip, shift, *affine(c), dtype)
-    return images, flip, shift, x
+    return images, flip, shift, image_batch(images, index, flip, shift, dtype)
+
+
+def image_batch(
+    images: torch.Tensor,
+    index: torch.Tensor,
+    flip: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The whole of a plan in one batch."""
+    numbers = affine(images.shape[1])
+    size = max(len(index), 1)
+    opened = OPS.open(images, index, flip, shift, index, *numbers, dtype, size, False)
+    x, target = OPS.batch(opened, 0)
+    OPS.close(opened)
+    assert torch.equal(target, index)
+    return x  # type: ignore[no-any-return]
 
 
 def affine(channels: int) -> tuple[list[float], list[float]]:
@@ -247,20 +265,18 @@ def test_layouts_of_the_data_set(width: int) -> None:
         wide[1::2, :, 2:7, :width].copy_(images),
     ]
     index = torch.arange(len(x)) % len(images)
-    op = torch.ops.torchbp.image_batch
     for layout in layouts:
         assert not layout.is_contiguous()
-        assert torch.equal(op(layout, index, flip, shift, *affine(3), torch.float32), x)
-    once = op(images[:1].expand(9, 3, 5, width), index % 9, flip, shift, *affine(3), torch.float32)
-    again = op(images[:1], index * 0, flip, shift, *affine(3), torch.float32)
-    assert torch.equal(once, again)
+        assert torch.equal(image_batch(layout, index, flip, shift), x)
+    once = image_batch(images[:1].expand(9, 3, 5, width), index % 9, flip, shift)
+    assert torch.equal(once, image_batch(images[:1], index * 0, flip, shift))
     # The vectors of the plan may be of any layout too.
     plan = (
         torch.stack([index, index], 1)[:, 0],
         torch.stack([flip, flip], 1)[:, 0],
         shift.T.contiguous().T,
     )
-    assert torch.equal(op(images, *plan, *affine(3), torch.float32), x)
+    assert torch.equal(image_batch(images, *plan), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -362,6 +378,28 @@ def test_batches_are_the_users_to_keep_and_to_change(data: Any) -> None:
             assert torch.equal(target, targets[5 * k : 5 * k + 5])
 
 
+def test_batches_that_share_memory_one_after_the_other() -> None:
+    """Whoever keeps a batch, a view of it or its storage keeps its memory, in whatever thread; of
+    what nobody keeps, a few blocks wait for the next."""
+    images = torch.randint(0, 256, (160, 3, 32, 32), dtype=torch.uint8)
+    many = SimpleNamespace(images=images, targets=torch.arange(160))
+    loader = BatchLoader(many, batch_size=16, **AUGMENTED)  # 196,608 bytes a batch
+    whole = torch.cat([x for x, _ in loader])
+    assert len({x.data_ptr() for x, _ in loader}) < len(loader)
+    loader.set_epoch(0)
+    with ThreadPoolExecutor() as pool:
+        batches = iter(loader)
+        kept = [pool.submit(next, batches).result()[0] for _ in range(6)]
+        views = [x[3:] for x in kept[1:3]]
+        pool.submit(kept.clear).result()
+        rest = [x for x, _ in batches]
+    assert torch.equal(torch.cat(views), torch.cat([whole[19:32], whole[35:48]]))
+    assert torch.equal(torch.cat(rest), whole[96:])
+    for x in rest:
+        assert x.untyped_storage().nbytes() == x.nbytes
+        assert x.data_ptr() % 64 == 0
+
+
 def test_iterators_are_independent(data: Any) -> None:
     """Two at once, and one that is left in the middle of its epoch."""
     epochs = [BatchLoader(data, batch_size=5, **AUGMENTED) for _ in range(3)]
@@ -381,11 +419,10 @@ def test_iterators_are_independent(data: Any) -> None:
 
 
 def test_nothing_to_read() -> None:
-    op = torch.ops.torchbp.image_batch
     images, none = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-    assert op(images, none, None, None, *affine(3), torch.float32).shape == (0, 3, 4, 5)
-    assert op(images[:0], none, None, None, *affine(3), torch.float32).shape == (0, 3, 4, 5)
-    empty = op(images[..., :0], torch.tensor([1]), None, None, *affine(3), torch.bfloat16)
+    assert image_batch(images, none).shape == (0, 3, 4, 5)
+    assert image_batch(images[:0], none).shape == (0, 3, 4, 5)
+    empty = image_batch(images[..., :0], torch.tensor([1]), dtype=torch.bfloat16)
     assert (empty.shape, empty.dtype) == ((1, 3, 4, 0), torch.bfloat16)
 
 
@@ -402,24 +439,73 @@ def test_nothing_to_read() -> None:
         ({"flip": torch.zeros(2)}, "flip wants ScalarType 0, got 6"),
         ({"shift": torch.zeros(2).int()}, r"shift wants shape \(2, 2\), got \(2\)"),
         ({"shift": torch.zeros(2, 2).long()}, "shift wants ScalarType 3, got 4"),
+        ({"targets": torch.zeros(2)}, "targets wants ScalarType 4, got 6"),
+        ({"targets": torch.zeros(3).long()}, r"targets wants shape \(2\), got \(3\)"),
         ({"scale": [1.0]}, "scale and offset want 3 numbers each, got 1 and 3"),
         ({"dtype": torch.int32}, "dtype wants float64, float32, bfloat16 or float16"),
+        ({"batch_size": 0}, "batch_size wants at least 1, got 0"),
+        ({"index": torch.tensor([0, 1]).to("meta")}, "index is on another device"),
+        ({"targets": torch.tensor([7, 8]).to("meta")}, "targets is on another device"),
+        ({"offset": [0.0] * 4}, "scale and offset want 3 numbers each, got 3 and 4"),
     ],
 )
 def test_bad_arguments_of_the_kernel(change: dict[str, Any], message: str) -> None:
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # where a tensor of meta does not go
+    with pytest.raises(RuntimeError, match=f"torchbp::images: {message}"):
+        OPS.open.default.redispatch(cpu, *{**plan_of_two(), **change}.values())
+
+
+def plan_of_two() -> dict[str, Any]:
     scale, offset = affine(3)
-    arguments: dict[str, Any] = {
+    return {
         "images": torch.zeros(2, 3, 4, 5, dtype=torch.uint8),
         "index": torch.tensor([0, 1]),
         "flip": torch.zeros(2, dtype=torch.uint8),
         "shift": torch.zeros(2, 2, dtype=torch.int32),
+        "targets": torch.tensor([7, 8]),
         "scale": scale,
         "offset": offset,
         "dtype": torch.float32,
+        "batch_size": 2,
+        "flatten": True,
     }
-    torch.ops.torchbp.image_batch(**arguments)
-    with pytest.raises(RuntimeError, match=f"torchbp::image_batch: {message}"):
-        torch.ops.torchbp.image_batch(**{**arguments, **change})
+
+
+def test_an_opened_plan() -> None:
+    """A batch that is not there, a plan that is closed, and tensors changed since it was opened."""
+    plan = plan_of_two()
+    opened = OPS.open(**plan)
+    assert [tuple(part.shape) for part in OPS.batch(opened, 1)] == [(1, 60), (1,)]
+    assert [tuple(part.shape) for part in OPS.batch(opened, 2)] == [(0, 60), (0,)]
+    for begin in (-1, 3):
+        with pytest.raises(RuntimeError, match=f"begin wants 0 to 2, got {begin}"):
+            OPS.batch(opened, begin)
+    plan["index"][1] = 2
+    with pytest.raises(RuntimeError, match=r"index\[1\] is 2, out of range for 2 images"):
+        OPS.batch(opened, 0)
+    plan["index"].resize_(1)
+    with pytest.raises(RuntimeError, match="torchbp::images: flip wants shape"):
+        OPS.batch(opened, 0)
+    OPS.close(opened)
+    with pytest.raises(RuntimeError, match=f"there is no images {opened}"):
+        OPS.batch(opened, 0)
+    OPS.close(opened)
+
+
+def test_a_plan_is_closed_with_its_iterator(data: Any) -> None:
+    before = OPS.open(**plan_of_two())
+    for taken in (1, 2, N):  # of so many batches; without one it is not opened
+        batches = iter(BatchLoader(data, batch_size=1))
+        for _ in range(taken):
+            next(batches)
+        del batches
+    after = OPS.open(**plan_of_two())
+    assert after == before + 4
+    for number in range(before + 1, after):
+        with pytest.raises(RuntimeError, match=f"there is no images {number}"):
+            OPS.batch(number, 0)
+    OPS.close(before)
+    OPS.close(after)
 
 
 def test_augmentation_is_even(data: Any) -> None:

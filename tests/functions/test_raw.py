@@ -330,28 +330,6 @@ WRONG = [
 ]  # fmt: skip
 
 
-IMAGES: dict[str, Any] = {
-    "images": torch.zeros(2, 3, 4, 5, dtype=torch.uint8), "index": torch.tensor([0, 1]),
-    "flip": None, "shift": None, "scale": [1.0] * 3, "offset": [0.0] * 3, "dtype": torch.float32,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"index": IMAGES["index"].to("meta")}, f"index {DEVICE}"),
-        ({"scale": [1.0], "offset": [0.0]}, "scale and offset want 3 numbers each, got 1 and 1"),
-        ({"offset": [0.0] * 2}, "scale and offset want 3 numbers each, got 3 and 2"),
-        ({"offset": [0.0] * 4}, "scale and offset want 3 numbers each, got 3 and 4"),
-    ],
-)  # fmt: skip
-def test_image_batch(change: dict[str, Any], message: str) -> None:
-    op = torch.ops.torchbp.image_batch.default
-    op.redispatch(CPU, *IMAGES.values())
-    with pytest.raises(RuntimeError, match=f"torchbp::image_batch: {message}"):
-        op.redispatch(CPU, *{**IMAGES, **change}.values())
-
-
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_refused(case: Wrong) -> None:
     given = dict(case.call.arguments)

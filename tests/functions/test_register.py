@@ -15,7 +15,7 @@ import torchbp.functional
 from tests.compare import assert_same
 from tests.ops import OPS, RAW_OPS, Op
 from tests.proofs import MODES, compare
-from tests.raw import ON_BYTES, REFUSING, Sample, bound, randn, requiring_grad, samples_of
+from tests.raw import REFUSING, Sample, bound, randn, requiring_grad, samples_of
 from torchbp.functions.table import ROWS
 
 ops: Any = torch.ops.torchbp
@@ -40,11 +40,11 @@ def test_opcheck(name: str) -> None:
     op = getattr(ops, name).default
     for sample in samples_of(name):
         torch.library.opcheck(op, sample)
-    if name not in REFUSING | ON_BYTES and not name.startswith("softmax_ce"):
+    if name not in REFUSING and not name.startswith("softmax_ce"):
         torch.library.opcheck(op, requiring_grad(samples_of(name)[0]))
 
 
-@pytest.mark.parametrize("name", [name for name in RAW_OPS if name not in ON_BYTES])
+@pytest.mark.parametrize("name", RAW_OPS)
 def test_raw_op_is_differentiable_or_refuses(name: str) -> None:
     for sample in samples_of(name):
         run, free = bound(name, sample)
@@ -159,7 +159,7 @@ def test_every_raw_op_belongs_to_an_op() -> None:
         for row in ROWS.values() if len(row.inputs) == 2 and row.name in mentioned
         for which in "ab"
     }  # fmt: skip
-    assert mentioned | ON_BYTES | CROSS_ENTROPY_IN_TWO == set(RAW_OPS)
+    assert mentioned | CROSS_ENTROPY_IN_TWO == set(RAW_OPS)
 
 
 @pytest.mark.parametrize("name", [row.name for row in ROWS.values() if len(row.inputs) == 2])

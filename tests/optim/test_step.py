@@ -1035,12 +1035,13 @@ def test_targets_of_many_steps_refused(shape: tuple[int, int]) -> None:
         call.run()
 
 
-EPOCH: dict[str, tuple[int, Any, str]] = {
-    "target dtype": (7, torch.zeros(4), "targets wants .* int64"),
-    "target shape": (7, torch.zeros(3).long(), r"targets wants shape \(4\), got \(3\)"),
-    "batch size": (8, 0, "batch_size wants at least 1, got 0"),
-    "features": (1, torch.zeros(6, 1, 1, 4).byte(), "wants 3 inputs, and an image has 4"),
-}
+EPOCH: dict[str, tuple[torch.Tensor, torch.dtype, int, str]] = {
+    "dtype": (torch.zeros(6, 1, 1, 3).byte(), torch.float64, 0, "images want dtype float32"),
+    "begin": (torch.zeros(6, 1, 1, 3).byte(), torch.float32, 5, "begin wants 0 to 4, got 5"),
+    "features": (
+        torch.zeros(6, 1, 1, 4).byte(), torch.float32, 0, "wants 3 inputs, and an image has 4"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", EPOCH)
@@ -1049,16 +1050,21 @@ def test_epoch_refusals(case: str) -> None:
     trainer = ops.open(
         call.weights, call.biases, call.state, "relu", 0.0, 0.1, "sgd", call.groups, call.slots
     )
-    right: list[Any] = [
-        trainer, torch.zeros(6, 1, 1, 3).byte(), torch.arange(4), None, None, [1.0], [0.0],
-        torch.zeros(4).long(), 1, False, call.hyper,
-    ]  # fmt: skip
-    at, value, message = EPOCH[case]
+    plan = (torch.arange(4), None, None, torch.zeros(4).long(), [1.0], [0.0])
+
+    def run(images: Any, dtype: Any, begin: Any) -> None:
+        opened = torch.ops.torchbp_images.open(images, *plan, dtype, 1, False)
+        try:
+            ops.epoch(trainer, opened, begin, False, call.hyper)
+        finally:
+            torch.ops.torchbp_images.close(opened)
+
+    *wrong, message = EPOCH[case]
     try:
-        ops.epoch(*right)
+        run(torch.zeros(6, 1, 1, 3).byte(), torch.float32, 0)
         before = [weight.clone() for weight in call.weights]
         with pytest.raises(RuntimeError, match=f"torchbp::.*{message}"):
-            ops.epoch(*right[:at], value, *right[at + 1 :])
+            run(*wrong)
         assert_same(call.weights, before, rtol=0, atol=0)
     finally:
         ops.close(trainer)

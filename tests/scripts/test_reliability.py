@@ -53,7 +53,6 @@ from scripts.reliability_specials import Specials
 from tests import ops, proofs
 from tests.compare import ulps_off
 from tests.ops import DTYPES, OPS, RAW_OPS, Case, Input
-from tests.raw import ON_BYTES
 from tests.scripts.reliability_fixture import Dying, Hindered, Squares, Wrong
 from torchbp.functions.table import Row
 
@@ -468,7 +467,7 @@ def test_an_operation_that_should_refuse_and_does_not_is_reported(
 def test_the_pieces_prove_every_row_and_check_every_operation_at_every_level() -> None:
     pieces = Proofs().pieces()
     assert {piece["row"] for piece in pieces if "row" in piece} == set(torchbp.ROWS)
-    for kind, names in (("op", set(OPS)), ("raw", set(RAW_OPS) - ON_BYTES)):
+    for kind, names in (("op", set(OPS)), ("raw", set(RAW_OPS))):
         own = {(piece[kind], piece["level"]) for piece in pieces if kind in piece}
         assert own == set(itertools.product(names, reliability_accuracy.levels()))
     small = {str(case) for case in proofs.SMALL}

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, repeat
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+# Bytes have no gradient.
+_library = torch.library.Library("torchbp_images", "IMPL")
+_library.impl("open", torch.library.fallthrough_kernel, "Autograd")
+_open = torch.ops.torchbp_images.open.default._op
+_batch = torch.ops.torchbp_images.batch.default._op
+_close = torch.ops.torchbp_images.close.default._op
 
 # What the kernel writes.
 FUSED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +47,20 @@ class Plan(NamedTuple):
         """The plan of some of the images."""
         flip, shift = (None if part is None else part[rows] for part in (self.flip, self.shift))
         return Plan(self.order[rows], flip, shift, self.target[rows])
+
+
+class Opened:
+    """A plan that the binary makes batches of, until this is gone: (x, target) of the batch that
+    begins at an image."""
+
+    def __init__(self, loader: BatchLoader, plan: Plan) -> None:
+        affine = loader._affine()
+        rest = loader.dtype, loader.batch_size, loader.flatten
+        self.number = _open(loader.images, *plan, *affine, *rest)
+        weakref.finalize(self, _close, self.number)
+
+    def __call__(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _batch(self.number, begin)  # type: ignore[no-any-return]
 
 
 class BatchLoader:
@@ -173,14 +194,8 @@ class BatchLoader:
         return f"BatchLoader({size}, epoch={self.epoch})"
 
     def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        read = self._reader()
-        parts = (
-            repeat(None) if part is None else part.split(self.batch_size)
-            for part in self._plan(epoch)
-        )
-        for *images, target in islice(zip(*parts, strict=False), len(self)):
-            x = read(*images)
-            yield (x.flatten(1) if self.flatten else x), target.to(self.device, copy=True)
+        read = self._reader(self._plan(epoch))
+        yield from map(read, range(0, len(self) * self.batch_size, self.batch_size))
 
     def _plan(self, epoch: int) -> Plan:
         """All that an epoch leaves to chance, drawn from `(seed, epoch)`."""
@@ -197,8 +212,12 @@ class BatchLoader:
             order,
             flip.to(torch.uint8) if self.flip else None,
             None if shift is None else shift.to(torch.int32),
-            self.targets[order],
+            self.targets.index_select(0, order.to(self.targets.device)),
         )
+
+    def _is_on_cpu(self) -> bool:
+        parts = self.images, self.targets, self
+        return all(part.device.type == "cpu" for part in parts)
 
     def _affine(self) -> tuple[list[float], list[float]]:
         """(image / 255 - mean) / std as image * scale + offset, for each channel."""
@@ -206,28 +225,28 @@ class BatchLoader:
         offset = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
         return scale, offset
 
-    def _reader(self) -> Callable[..., torch.Tensor]:
-        """What makes a batch [B, C, H, W] of its part of a plan: `read(order, flip, shift)`.
+    def _reader(self, plan: Plan) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+        """What makes the batch of a plan that begins at an image.
 
-        On the CPU that is one pass with all threads, made when it is asked for: a batch of 128
-        CIFAR images takes 1 % of a step of [3072, 512, 256, 10], which keeps both of two cores
-        busy, and a thread that worked ahead of it gained nothing that could be measured.
+        On the CPU that is one call and one pass with all threads, made when it is asked for: a
+        batch of 128 CIFAR images takes 1 % of a step of [3072, 512, 256, 10], which keeps both of
+        two cores busy, and a thread that worked ahead of it gained nothing that could be measured.
         """
-        scale, offset = self._affine()
-        if self.images.device.type == self.device.type == "cpu" and self.dtype in FUSED:
-            op = torch.ops.torchbp.image_batch.default._op
-            return lambda *part: op(self.images, *part, scale, offset, self.dtype)
+        if self._is_on_cpu() and self.dtype in FUSED:
+            return Opened(self, plan)
 
+        size, flatten = self.batch_size, self.flatten
+        scale, offset = self._affine()
         wide = torch.promote_types(self.dtype, torch.float32)  # to compute in
         columns = torch.tensor([scale, offset], dtype=torch.float64).to(self.device, wide)
         scales, offsets = columns.view(2, -1, 1, 1)
 
-        def read(
-            order: torch.Tensor, flip: torch.Tensor | None, shift: torch.Tensor | None
-        ) -> torch.Tensor:
+        def read(begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+            order, flip, shift, target = plan.of(slice(begin, begin + size))
             x = self.images[order].to(self.device)
             x = torch.addcmul(offsets, x.to(wide), scales)
-            return self._augment(x, flip, shift).to(self.dtype)
+            x = self._augment(x, flip, shift).to(self.dtype)
+            return (x.flatten(1) if flatten else x), target.to(self.device, copy=True)
 
         return read
 

@@ -131,13 +131,6 @@ def _fake_max_pieces_backward(dy: Tensor, index: Tensor, pieces: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], pieces, dy.shape[-1])
 
 
-def _fake_image_batch(
-    images: Tensor, index: Tensor, flip: Tensor | None, shift: Tensor | None, scale: list[float],
-    offset: list[float], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return images.new_empty(index.shape[0], *images.shape[1:], dtype=dtype)
-
-
 # ---- vmap rules
 
 # A rule gets the tensors with an extra dimension at in_dims (None: not batched) and returns the
@@ -427,6 +420,3 @@ def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None)
 
 _register_in_place("sgd_")
 _register_in_place("adamw_")
-# Made from bytes, which have no gradient.
-torch.library.register_fake("torchbp::image_batch", _fake_image_batch, lib=_library)
-torch.library.register_vmap("torchbp::image_batch", _batch_loop(_ops.image_batch), lib=_library)

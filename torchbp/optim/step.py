@@ -15,7 +15,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import _C, functional, nn
-from ..data.loader import BatchLoader
+from ..data.loader import BatchLoader, Opened
 from ..functions import check
 from ..functions.gate import is_traced
 from ..functions.products import ACTIVATIONS
@@ -27,7 +27,7 @@ __all__ = ["CompiledStep", "compile_step"]
 
 # Nothing here is for autograd to record.
 _library = torch.library.Library("torchbp_trainer", "IMPL")
-for _name in ("open", "steps", "epoch"):
+for _name in ("open", "steps"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
@@ -214,7 +214,7 @@ class CompiledStep:
             isinstance(loader, BatchLoader)
             and loader.dtype == torch.float32
             and loader.flatten
-            and loader.images.device.type == loader.device.type == "cpu"
+            and loader._is_on_cpu()
         ):
             return self._epoch_of_images(loader, scheduler)
         return self._epoch(loader, scheduler)
@@ -222,27 +222,23 @@ class CompiledStep:
     def _epoch_of_images(self, loader: BatchLoader, scheduler: LRScheduler | None) -> Tensor:
         """An epoch in one call, its batches made on the way."""
         self._prepare()
-        size, count = loader.batch_size, len(loader)
-        plan, read = loader._plan(loader.epoch), loader._reader()
+        begin, count = 0, len(loader)
+        plan = loader._plan(loader.epoch)
+        images = Opened(loader, plan)
         loader.epoch += 1
         losses = []
         if count and self._state is None:  # the first batch makes it
-            first, plan = plan.of(slice(size)), plan.of(slice(size, None))
-            losses.append(self(read(*first[:3]).flatten(1), first.target).reshape(1))
+            losses.append(self(*images(0)).reshape(1))
+            begin = loader.batch_size
             if scheduler is not None:
                 scheduler.step()
             count -= 1
             self._prepare()
         if count:
             check_classes(plan.target, self._weights[-1].shape[0], _IGNORE)
-            arguments = (
-                loader.images, plan.order, plan.flip, plan.shift, *loader._affine(), plan.target,
-                size, loader.drop_last, self._hyper_of(count, scheduler),
-            )  # fmt: skip
-            one = plan.of(slice(1))
-            losses.append(
-                self._train(_run_epoch, arguments, lambda: (read(*one[:3]).flatten(1), one.target))
-            )
+            hyper = self._hyper_of(count, scheduler)
+            arguments = (images.number, begin, loader.drop_last, hyper)
+            losses.append(self._train(_run_epoch, arguments, lambda: images(begin)))
         return torch.cat(losses) if losses else torch.empty(0)
 
     def _epoch(

@@ -99,8 +99,12 @@ STAGES: dict[str, list[list[str]]] = {
         ["tests/optim/test_optimizers.py", "-k", _NOT_COMPILED],
     ],
     "csrc/cpu/images.cpp": [
-        [_RAW],
-        ["tests/data/test_loader.py", "-k", "bad_arguments"], ["tests/data/test_loader.py"],
+        ["tests/data/test_loader.py", "-k", "bad_arguments or opened"],
+        ["tests/data/test_loader.py"],
+    ],
+    "csrc/handles.h": [
+        ["tests/data/test_loader.py", "-k", "opened"],
+        ["tests/optim/test_step.py", "-k", "closed or behind"],
     ],
     "csrc/cpu/backend.cpp": [
         [_RAW], ["tests/cpu/test_levels.py", "-k", "unknown or best"],

@@ -658,6 +658,25 @@ def test_a_product_that_loses_or_makes_nan_is_reported(
     assert "| forward, input 0 | float32 | avx2 |" in said
 
 
+def test_sums_that_cancel_excuse_no_more_than_their_inputs_last_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figure = Specials()
+    piece = {"call": "mlp-tanh", "dtype": "float32", "level": "avx2"}
+    case = reliability_specials.PRODUCTS["mlp-tanh"]
+    assert figure.measure(piece)["failures"] == []
+    monkeypatch.setattr(reliability_specials, "spread", lambda case, inputs, dy, eps: [0.0] * 9)
+    start = "mlp-tanh in float32, avx2, gradient 0(3, 0): 3.4028234663852886e+38 in input 3"
+    assert any(line.startswith(start) for line in figure.measure(piece)["failures"])
+    monkeypatch.undo()
+
+    def off(*inputs: Tensor) -> Tensor:
+        return case.ours(*inputs) * (1 + 1e-4)
+
+    monkeypatch.setitem(reliability_specials.PRODUCTS, "mlp-tanh", replace(case, ours=off))
+    assert any("gradient 0" in line for line in figure.measure(piece)["failures"])
+
+
 # ---- malformed calls -----------------------------------------------------------------------------
 
 

@@ -46,7 +46,8 @@ REASONS = {
     "relu_16M": """Both results are fresh memory, which the system fills with zeros before we see
         it: a pass of writing that no kernel can avoid and the floor does not hold. Stores past the
         caches gained nothing on huge pages.""",
-    "sigmoid_16M": """As for `relu_16M`: the exponentials hide behind the memory.""",
+    "sigmoid_16M": """Both results are fresh memory, which the system fills with zeros before we see
+        it; the exponentials hide behind that. PyTorch's time varies by a third from run to run.""",
     "linear_relu_f32": """The three products take the floor of {floor} at the rate of PyTorch's own
         large product, of our {ours}: at that rate alone, with bias, activation and sums for
         nothing, the ratio would be {at_floor}. Huge pages behind the results made no
@@ -80,10 +81,10 @@ REASONS = {
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
         `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
         to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}
-        of our {ours}. Of the rest, a tenth is Python and the call of an operation for each of 391
-        batches. Rows in whole vectors that are written once, fetching two or three images ahead or
-        a row at a time, and huge pages behind the images made no difference; fetching the next
-        image to L2 and not to L1 gained a fifth.""",
+        of our {ours}. Rows in whole vectors that are written once, and fetching two or three images
+        ahead or a row at a time, made no difference. Fetching the next image to L2 and not to L1
+        gained a fifth, one call of two numbers for a batch and its targets another, and huge pages
+        behind the images, which arrays of numpy have, a tenth.""",
 }
 
 

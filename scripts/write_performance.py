@@ -29,10 +29,12 @@ Result = dict[str, Any]
 
 #: Case -> what stands in the way of its goal. In braces, of the same run: `ours`, `torch`, `jax`,
 #: `empty` (Functions that compute nothing), `bytes` (shuffled images copied as they are), `floor`,
-#: and how many times as long as the floor PyTorch takes, `at_floor`.
+#: how many times as long as the floor PyTorch takes, `at_floor`, as empty Functions, `possible`,
+#: and as both, `reachable`.
 REASONS = {
     "ce_8192x10": """Functions that compute nothing take {empty} of our {ours}, so that about
-        {possible} would be the most that kernels without cost could reach. The kernel itself is one
+        {possible} would be the most that kernels without cost could reach, and {reachable} kernels
+        that take no longer than to copy their bytes ({floor}). The kernel itself is one
         pass over rows in SIMD lanes; half of it is the transposition to lanes and back. Compiled
         for ten classes alone it gained a tenth.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
@@ -150,6 +152,9 @@ def numbers(result: Result) -> dict[str, str]:
     if EMPTY in ran:
         said["empty"] = said[EMPTY]
         said["possible"] = times(ran["torch"]["seconds"] / ran[EMPTY]["seconds"])
+        if result["floor"]:
+            least = ran[EMPTY]["seconds"] + result["floor"]
+            said["reachable"] = times(ran["torch"]["seconds"] / least)
     return said
 
 

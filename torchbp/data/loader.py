@@ -71,6 +71,9 @@ class BatchLoader:
     augmentation of an epoch are determined by `(seed, epoch)` alone: the same on every run, for
     every batch size and number of threads, different in every epoch.
 
+    A batch is the caller's to keep and to change. Its memory is used again once it is gone, and so
+    `resize_` cannot enlarge it, as it cannot a tensor from NumPy.
+
     Args:
         dataset: anything with `images`, uint8 [N, C, H, W], and `targets`, int64 [N].
         batch_size: images a batch; the last batch of an epoch may be smaller.

@@ -442,6 +442,8 @@ def test_nothing_to_read() -> None:
         ({"targets": torch.zeros(2)}, "targets wants ScalarType 4, got 6"),
         ({"targets": torch.zeros(3).long()}, r"targets wants shape \(2\), got \(3\)"),
         ({"scale": [1.0]}, "scale and offset want 3 numbers each, got 1 and 3"),
+        ({"scale": [1.0], "offset": [0.0]}, "scale and offset want 3 numbers each, got 1 and 1"),
+        ({"offset": [0.0] * 2}, "scale and offset want 3 numbers each, got 3 and 2"),
         ({"dtype": torch.int32}, "dtype wants float64, float32, bfloat16 or float16"),
         ({"batch_size": 0}, "batch_size wants at least 1, got 0"),
         ({"index": torch.tensor([0, 1]).to("meta")}, "index is on another device"),

@@ -10,7 +10,8 @@
 
 namespace torchbp {
 
-// One that is in use is kept alive by who uses it.
+// One that is in use is kept alive by who uses it. One that is still open at the end of the program is never destroyed:
+// what its tensors need is gone by then.
 template <class T>
 class Handles {
 public:
@@ -30,18 +31,17 @@ public:
   }
 
   void close(int64_t number) {
-    std::shared_ptr<T> last;  // destroyed when the lock is gone
+    typename Opened::node_type last;  // destroyed when the lock is gone
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = opened_.find(number);
-    if (found == opened_.end()) return;
-    last = std::move(found->second);
-    opened_.erase(found);
+    last = opened_.extract(number);
   }
 
 private:
+  using Opened = std::map<int64_t, std::shared_ptr<T>>;
+
   const char* what_;
   std::mutex mutex_;
-  std::map<int64_t, std::shared_ptr<T>> opened_;
+  Opened& opened_ = *new Opened;
   int64_t last_ = 0;
 };
 

@@ -1,8 +1,8 @@
 // The blocks of empty_in_block.
 //
-// glibc before 2.38 does not find a freed block again for an aligned one of the same size. In some processes (what else
-// lies on the heap decides) every batch then is at the end of the heap, which is given back to the system each time: a
-// fault for each of its pages, 7 times the work of the batch itself.
+// With glibc 2.36, in some processes (what else lies on the heap decides) every batch is at the end of the heap, which is
+// given back to the system each time: a fault for each of its pages, 7 times the work of the batch itself. Before 2.38
+// glibc searched freed memory for an aligned block of the same size in vain, which would explain it.
 #include "blocks.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -20,15 +20,11 @@ namespace {
 
 constexpr const char* kOp = "images";
 
-// Never destroyed: an epoch may be left open at the end of the program, when what its tensors need is gone.
-Handles<const Images>& opened() {
-  static auto* const handles = new Handles<const Images>(kOp);
-  return *handles;
-}
+Handles<const Images> opened(kOp);
 
 }  // namespace
 
-std::shared_ptr<const Images> images_of(int64_t number) { return opened().at(number); }
+std::shared_ptr<const Images> images_of(int64_t number) { return opened.at(number); }
 
 Batch Images::rows(int64_t begin, int64_t end) const {
   const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, Sizes shape) {
@@ -80,7 +76,7 @@ int64_t open(const Tensor& images, const Tensor& index, std::optional<Tensor> fl
                                                          dense(targets), std::move(scale), std::move(offset), dtype,
                                                          batch_size, flatten});
   all->rows(0, all->index.dim() == 1 ? all->size() : 0);
-  return opened().open(all);
+  return opened.open(all);
 }
 
 // The batch that begins at a row: [B, C, H, W] or, flattened, [B, C H W]; and a copy of its targets.
@@ -100,7 +96,7 @@ std::tuple<Tensor, Tensor> batch(int64_t number, int64_t begin) {
   return {out, target};
 }
 
-void close(int64_t number) { opened().close(number); }
+void close(int64_t number) { opened.close(number); }
 
 }  // namespace
 }  // namespace torchbp

@@ -20,8 +20,8 @@ constexpr int64_t kBlock = 256;              // of K: a tile of A fits L1 beside
 constexpr int64_t kRowStride = kBlock + 16;  // of A's rows once copied: not a power of two, which would share L1 sets
 constexpr int64_t kColumnStride = kTileRows > 8 ? 16 : 8;  // of A's columns once copied
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
-constexpr int64_t kPanelBytes = 512 * 1024;  // of B that is to stay in L2 while tiles of A pass
-constexpr int64_t kHeld = 64 * 1024;         // numbers of unfinished C that are to stay in L2
+constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while tiles of A pass
+constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 
 TORCHBP_INLINE Vector load_vector(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 TORCHBP_INLINE void store_vector(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
@@ -116,36 +116,32 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
       to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-// ---- packing ------------------------------------------------------------------------------------------------------
+// ---- copies of blocks ------------------------------------------------------------------------------------------------------
 
-inline bool gemm_in_place(const Gemm& g) { return g.b_j == 1 && g.n % kLanes == 0 && g.b_k <= 2 * kBlock; }
+inline bool reads_b_in_place(const Gemm& g) { return g.b_j == 1 && g.n % kLanes == 0 && g.b_k <= 2 * kBlock; }
 
-// Where a panel's block begins in packed memory: panels is their number in the columns packed together.
-inline int64_t packed_at(int64_t k0, int64_t kc, int64_t panel, int64_t panels) {
-  return (k0 * panels + panel * kc) * kPanel;
-}
-
-inline void gemm_pack(const Gemm& g, int64_t j, int64_t n, int64_t begin, int64_t end, float* packed) {
-  const int64_t panels = (n + kPanel - 1) / kPanel;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t columns = std::min<int64_t>(kPanel, n - panel * kPanel);
-    const float* const b = g.b + (j + panel * kPanel) * g.b_j;
-    for (int64_t k0 = 0; k0 < g.k; k0 += kBlock) {
-      const int64_t kc = std::min(kBlock, g.k - k0);
-      const float* const from = b + k0 * g.b_k;
-      float* const to = packed + packed_at(k0, kc, panel, panels);
-      if (columns < kPanel) std::fill_n(to, kc * kPanel, 0.f);
-      if (g.b_k == 1) {
-        transpose(from, g.b_j, columns, kc, to, kPanel);
-      } else if (g.b_j == 1 && columns == kPanel) {
-        for (int64_t k = 0; k < kc; ++k) {
-          store_vector(to + k * kPanel, load_vector(from + k * g.b_k));
-          store_vector(to + k * kPanel + kLanes, load_vector(from + k * g.b_k + kLanes));
-        }
-      } else {
-        for (int64_t k = 0; k < kc; ++k)
-          for (int64_t c = 0; c < columns; ++c) to[k * kPanel + c] = from[k * g.b_k + c * g.b_j];
-      }
+// Copies rows [k0, k0 + kc) of panels [begin, end) of B, each to [kc][kPanel].
+inline void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, float* to) {
+  const float* const from = g.b + k0 * g.b_k;
+  const int64_t whole = g.b_j == 1 ? std::max(begin, std::min(end, g.n / kPanel)) : begin;
+  for (int64_t k = 0; k < kc; ++k) {  // a row through all panels: rows may lie a page apart
+    const float* const row = from + k * g.b_k;
+    float* y = to + k * kPanel;
+    for (int64_t j = begin * kPanel; j < whole * kPanel; j += kPanel, y += kc * kPanel) {
+      store_vector(y, load_vector(row + j));
+      store_vector(y + kLanes, load_vector(row + j + kLanes));
+    }
+  }
+  for (int64_t p = whole; p < end; ++p) {
+    const int64_t columns = std::min<int64_t>(kPanel, g.n - p * kPanel);
+    const float* const panel = from + p * kPanel * g.b_j;
+    float* const y = to + (p - begin) * kc * kPanel;
+    if (columns < kPanel) std::fill_n(y, kc * kPanel, 0.f);
+    if (g.b_k == 1) {
+      transpose(panel, g.b_j, columns, kc, y, kPanel);
+    } else {
+      for (int64_t k = 0; k < kc; ++k)
+        for (int64_t c = 0; c < columns; ++c) y[k * kPanel + c] = panel[k * g.b_k + c * g.b_j];
     }
   }
 }
@@ -255,42 +251,44 @@ inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-inline void gemm_run(const Gemm& g, int64_t j, int64_t n, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end,
-                     const float* packed, Scratch& scratch) {
+inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
-  const int64_t panels = (n + kPanel - 1) / kPanel, deepest = std::min(kBlock, std::max<int64_t>(g.k, 1));
-  const int64_t together = std::max<int64_t>(1, kPanelBytes / (deepest * kPanel * 4));
-  const bool one_block = g.k <= kBlock;
+  const bool in_place = reads_b_in_place(g), one_block = g.k <= kBlock;
+  const int64_t deepest = std::min(kBlock, std::max<int64_t>(g.k, 1));
+  const int64_t together = std::min(end - begin, std::max<int64_t>(1, kPanelBytes / (deepest * kPanel * 4)));
   // Rows in tiles of equal height, as many as there are registers for.
   const int64_t tiles = (i_end - i_begin + kTileRows - 1) / kTileRows;
   const auto row_of = [&](int64_t tile) { return i_begin + (i_end - i_begin) * tile / tiles; };
+  constexpr int64_t tile_size = kTileRows * kPanel;
+  const int64_t held = one_block ? tiles : std::min(tiles, std::max<int64_t>(1, kHeld / (together * tile_size)));
+  const int64_t copied = in_place ? 0 : together * deepest * kPanel;
+  float* const copy = scratch.at_least(kCopy + copied + (one_block ? 1 : held * together) * tile_size);
+  float* const panels = copy + kCopy;
+  float* const unfinished = panels + copied;
   for (int64_t p0 = begin; p0 < end; p0 += together) {
     const int64_t p1 = std::min(end, p0 + together), width = p1 - p0;
-    const int64_t held =
-        one_block ? tiles : std::min(tiles, std::max<int64_t>(1, kHeld / (width * kTileRows * kPanel)));
-    float* const copy = scratch.at_least(kCopy + (one_block ? 1 : held * width) * kTileRows * kPanel);
-    float* const unfinished = copy + kCopy;
     for (int64_t t0 = 0; t0 < tiles; t0 += held) {
       const int64_t t1 = std::min(tiles, t0 + held);
       for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kBlock) {
         const int64_t kc = std::min(kBlock, g.k - k0);
         const bool last = k0 + kBlock >= g.k;
+        if (!in_place) copy_b(g, p0, p1, k0, kc, panels);
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
           const bool by_rows = copy_a(g, i, mr, k0, kc, copy);
           const bool turn = t + 1 == t1;  // to the next block of K
           const int64_t next_i = row_of(turn ? t0 : t + 1), next_k = turn ? k0 + kBlock : k0;
           for (int64_t p = p0; p < p1; ++p) {
-            const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, n - column);
-            float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * kTileRows * kPanel;
-            if (g.update) prefetch_update(g, i, j + column, mr);
+            const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
+            float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * tile_size;
+            if (g.update) prefetch_update(g, i, column, mr);
             if (next_k < g.k) prefetch_a(g, next_i, mr, next_k, std::min(kBlock, g.k - next_k), p - p0, width);
             const MultiplyTile multiply = multiply_for(mr, nr, by_rows);
-            if (packed)
-              multiply(kc, copy, packed + packed_at(k0, kc, p, panels), kPanel, tile, k0 == 0);
+            if (in_place)
+              multiply(kc, copy, g.b + k0 * g.b_k + column, g.b_k, tile, k0 == 0);
             else
-              multiply(kc, copy, g.b + k0 * g.b_k + j + column, g.b_k, tile, k0 == 0);
-            if (last) finish_tile(g, i, j + column, mr, nr, tile);
+              multiply(kc, copy, panels + (p - p0) * kc * kPanel, kPanel, tile, k0 == 0);
+            if (last) finish_tile(g, i, column, mr, nr, tile);
           }
         }
       }
@@ -351,6 +349,6 @@ inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, in
   }
 }
 
-inline void fill_gemm(GemmKernels& kernels) { kernels = {kTileRows, kPanel, gemm_pack, gemm_run, gemm_in_place}; }
+inline void fill_gemm(GemmKernels& kernels) { kernels = {kTileRows, kPanel, gemm_run}; }
 
 }  // namespace torchbp::TORCHBP_LEVEL

@@ -45,12 +45,8 @@ struct Scratch;
 // The product of gemm.h. A tile of C has at most `rows` rows; a panel of B is `columns` wide.
 struct GemmKernels {
   int rows, columns;
-  // Writes panels [begin, end) of the n columns from j on to packed, block by block of K, panel by panel in each.
-  void (*pack)(const Gemm&, int64_t j, int64_t n, int64_t begin, int64_t end, float* packed);
-  // Rows [i, i_end) of these panels. packed: all of them, as above, or null to read B in place.
-  void (*run)(const Gemm&, int64_t j, int64_t n, int64_t i, int64_t i_end, int64_t begin, int64_t end,
-              const float* packed, Scratch& scratch);
-  bool (*in_place)(const Gemm&);  // whether B can be read in place
+  // Rows [i, i_end) of the panels [begin, end) of `columns` columns.
+  void (*run)(const Gemm&, int64_t i, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch);
 };
 
 // The row-wise kernels work on the rows [begin, end) of their description.

@@ -12,10 +12,11 @@ from torch import Tensor
 import torchbp.functional as F
 from tests.compare import assert_close_in_norm
 
-# (n, in, out): one tile, many, blocks of K, panels cut off, one example, nothing at all.
+# (n, in, out): one tile, many, blocks of K, panels cut off, more unfinished tiles than are held,
+# one example, nothing at all.
 SIZES = [
     (32, 64, 64), (8, 3, 5), (70, 300, 33), (129, 513, 31), (64, 1, 1), (65, 1030, 17),
-    (200, 40, 100), (7, 5, 3), (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
+    (530, 300, 260), (200, 40, 100), (7, 5, 3), (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
 ]  # fmt: skip
 LAYOUTS = ["plain", "transposed", "strided"]
 
@@ -103,7 +104,7 @@ def test_mlp_gradients_that_are_wanted(needs: tuple[int, ...]) -> None:
             assert torch.equal(grad, every[i])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("size", [(131, 700, 150), (300, 64, 333)], ids=str)
+@pytest.mark.parametrize("size", [(131, 700, 150), (300, 64, 333), (530, 300, 260)], ids=str)
 def test_the_number_of_threads_changes_nothing(size: tuple[int, int, int]) -> None:
     n, features_in, features_out = size
     x, w = torch.randn(n, features_in), torch.randn(features_out, features_in)

@@ -270,6 +270,11 @@ def header_with_mutants(header: str, numbers: dict[tuple[str, str], list[tuple[i
             f"torchbp_mutant == {number} ? {in_type(text)} : " for number, text in own
         )
         header = f"{header[: cell.begin]}({choices}{in_type(cell.text)}){header[cell.end :]}"
+    return with_declaration(header)
+
+
+def with_declaration(header: str) -> str:
+    """A header that may be the first to name `torchbp_mutant`."""
     return header.replace("#pragma once\n", f"#pragma once\n\n{DECLARATION}", 1)
 
 
@@ -460,7 +465,7 @@ def source_with_mutants(path: str, text: str, numbers: dict[Mutant, int]) -> str
         edits.append((condition.begin, condition.end, new))
     for begin, end, new in reversed(edits):
         text = text[:begin] + new + text[end:]
-    return text
+    return with_declaration(text) if path.endswith(".h") else text
 
 
 @cache

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from torchbp import compile_step
 from torchbp.data import BatchLoader
 from torchbp.data.loader import channel_statistics
+from torchbp.nn import MLP
+from torchbp.optim import SGD
 
 N, C, H, W = 23, 3, 8, 6
 OPS = torch.ops.torchbp_images
@@ -491,6 +494,19 @@ def test_an_opened_plan() -> None:
     OPS.close(opened)
     with pytest.raises(RuntimeError, match=f"there is no images {opened}"):
         OPS.batch(opened, 0)
+    OPS.close(opened)
+
+
+def test_an_opened_plan_trains_from_a_row_that_it_has() -> None:
+    model = MLP([60, 10])
+    step = compile_step(model, SGD(model.parameters(), lr=0.1))
+    step(torch.randn(2, 60), torch.tensor([7, 8]))
+    opened = OPS.open(**plan_of_two())
+    epoch = torch.ops.torchbp_trainer.epoch
+    assert [epoch(step._trainer, opened, i, False, step._hyper()).numel() for i in (0, 2)] == [1, 0]
+    for begin in (-1, 3):
+        with pytest.raises(RuntimeError, match=f"torchbp::images: begin wants 0 to 2, got {begin}"):
+            epoch(step._trainer, opened, begin, False, step._hyper())
     OPS.close(opened)
 
 

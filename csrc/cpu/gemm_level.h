@@ -26,6 +26,13 @@ constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are
 TORCHBP_INLINE Vector load_vector(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 TORCHBP_INLINE void store_vector(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
+// x in every lane: one load. Vector{} + x would add, as 0 + -0 is not -0.
+template <size_t... l>
+TORCHBP_INLINE Vector broadcast(const float& x, std::index_sequence<l...>) {
+  return Vector{(static_cast<void>(l), x)...};
+}
+TORCHBP_INLINE Vector broadcast(const float& x) { return broadcast(x, std::make_index_sequence<kLanes>()); }
+
 // tile [mr][kPanel] (+)= A B over kc steps. A is [mr][kRowStride] (by_rows) or [kc][kColumnStride].
 template <int mr, int vectors, bool by_rows>
 void multiply_tile(int64_t kc, const float* a, const float* b, int64_t b_stride, float* tile, bool first) {
@@ -40,9 +47,9 @@ void multiply_tile(int64_t kc, const float* a, const float* b, int64_t b_stride,
     for (int v = 0; v < vectors; ++v) row[v] = load_vector(b + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; ++i) {
-      const Vector broadcast = Vector{} + (by_rows ? a[i * kRowStride] : a[i]);
+      const Vector factor = broadcast(by_rows ? a[i * kRowStride] : a[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast * row[v];
+      for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
     }
     a += by_rows ? 1 : kColumnStride;
     b += b_stride;

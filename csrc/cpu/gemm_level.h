@@ -207,6 +207,8 @@ inline void store_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t 
     if (g.c_j == 1 && nr == kPanel) {
       store_vector(to + at, load_vector(tile + t));
       store_vector(to + at + kLanes, load_vector(tile + t + kLanes));
+    } else if (g.c_j == 1 && nr == kLanes) {
+      store_vector(to + at, load_vector(tile + t));
     } else {
       for (int64_t c = 0; c < nr; ++c) to[at + c * g.c_j] = tile[t + c];
     }
@@ -219,6 +221,7 @@ inline void load_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t n
       store_vector(tile + t, load_vector(from + at));
       store_vector(tile + t + kLanes, load_vector(from + at + kLanes));
     } else {
+      std::fill_n(tile + t, kPanel, 0.f);
       for (int64_t c = 0; c < nr; ++c) tile[t + c] = from[at + c * g.c_j];
     }
   });
@@ -237,7 +240,9 @@ inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
     if (!g.bias_of_row) std::copy_n(g.bias + j, nr, column);
     for (int64_t r = 0; r < mr; ++r) {
       const float row = g.bias_of_row ? g.bias[i + r] : 0.f;
-      for (int64_t c = 0; c < kPanel; ++c) tile[r * kPanel + c] += row + column[c];
+      for (int64_t c = 0; c < kPanel; c += kLanes)
+        store_vector(tile + r * kPanel + c,
+                     load_vector(tile + r * kPanel + c) + (broadcast(row) + load_vector(column + c)));
     }
   }
   if (g.z) store_tile(g, i, j, mr, nr, tile, g.z);
@@ -247,7 +252,7 @@ inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
     void* const outputs[] = {tile};
     g.activation(outputs, inputs, all, g.parameter);
   } else if (g.gradient) {
-    alignas(64) float saved[kTileRows * kPanel] = {};
+    alignas(64) float saved[kTileRows * kPanel];
     load_tile(g, i, j, mr, nr, g.saved, saved);
     const void* const inputs[] = {tile, saved};
     void* const outputs[] = {tile};

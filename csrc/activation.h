@@ -10,14 +10,14 @@
 
 namespace torchbp {
 
-// A row of the table as the epilogue of a product.
+// A row of the table as the epilogue of a product, or none.
 struct Activation {
-  Kernel forward, backward;
-  bool any, saves_x;
+  Kernel forward = Kernel::count, backward = Kernel::count;
+  bool any = false, saves_x = false;
 };
 
 inline Activation activation_of(const char* op, std::string_view wanted) {
-  if (wanted == "none") return {Kernel::count, Kernel::count, false, false};
+  if (wanted == "none") return {};
 #define ROW(name, parameter, forward, saves, ...)               \
   if (wanted == #name && std::string_view(#saves) != "nothing") \
     return {Kernel::name##_forward, Kernel::name##_backward, true, std::string_view(#saves) == "x"};

@@ -275,19 +275,23 @@ inline Tensor like_rows_of(const Tensor& x, const Tensor& rows) {
   return torch::stable::reshape(rows, shape);
 }
 
-// y = f(x W^T + b) for any leading dimensions. Returns (y, z): z is the product before an activation whose gradient
-// needs it, else empty.
+// y = f(x W^T + b) of a matrix x. Returns (y, z): z is the product before an activation whose gradient needs it, else
+// empty.
+template <class Backend>
+std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 const Activation& f, double parameter) {
+  if constexpr (Backend::own_products)
+    if (Backend::fits(x, weight)) return Backend::linear(x, weight, bias, f, parameter);
+  return activate<Backend>(affine(x, weight, bias), f, parameter);
+}
+
+// The same for any leading dimensions.
 template <class Backend>
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                   Text activation, double parameter) {
   check_linear("linear", x, weight, bias);
   const Activation f = activation_of("linear", activation);
-  const Tensor rows = matrix(x);
-  const auto [y, z] = [&]() -> std::tuple<Tensor, Tensor> {
-    if constexpr (Backend::own_products)
-      if (Backend::fits(rows, weight)) return Backend::linear(rows, weight, bias, f, parameter);
-    return activate<Backend>(affine(rows, weight, bias), f, parameter);
-  }();
+  const auto [y, z] = layer<Backend>(matrix(x), weight, bias, f, parameter);
   return {like_rows_of(x, y), f.saves_x ? like_rows_of(x, z) : z};
 }
 
@@ -339,12 +343,12 @@ std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vecto
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::optional<Tensor> bias = biases.empty() ? std::nullopt : std::optional<Tensor>(biases[i]);
     check_linear("mlp", h, weights[i], bias);
-    Tensor z = affine(h, weights[i], bias);
-    if (i + 1 == weights.size()) {
-      result[0] = like_rows_of(x, z);
+    const bool last = i + 1 == weights.size();
+    auto [y, saved] = layer<Backend>(h, weights[i], bias, last ? Activation() : f, parameter);
+    if (last) {
+      result[0] = like_rows_of(x, y);
       break;
     }
-    auto [y, saved] = activate<Backend>(z, f, parameter);
     if (f.saves_x) result.push_back(like_rows_of(x, saved));
     result.push_back(like_rows_of(x, y));
     h = y;

@@ -1,4 +1,11 @@
-// linear, mlp and their gradients on this backend's own products (gemm.h, network.h): float32.
+// linear, mlp and their gradients on this backend's own products (gemm.h, network.h): of float32, and of half types
+// where the machine has no instructions for them.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <string_view>
+
 #include "../check.h"
 #include "backend.h"
 #include "network.h"
@@ -8,8 +15,8 @@ namespace {
 
 // Below this many multiplications the library's GEMM is mostly overhead.
 constexpr int64_t kTiny = 1 << 20;
-// From this many examples on packing the weight is repaid.
-constexpr int64_t kEnough = 64;
+// From this many examples on packing the weight is repaid, of a small one and of any.
+constexpr int64_t kFewest = 8, kEnough = 64;
 
 Matrix matrix_of(const Tensor& t) { return {floats_of(t), t.stride(0), t.stride(1)}; }
 
@@ -45,18 +52,48 @@ std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
   return result;
 }
 
+// Whether the machine multiplies a half type as such, as the library's products do then. Without, those are loops over
+// single numbers, up to a hundred times as slow as float32's.
+bool multiplies(ScalarType dtype) {
+#if defined(__x86_64__)
+  static const std::array<bool, 2> found = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool wide = std::string_view(cpu_level()) == "avx512";  // what is forced counts
+    const bool bfloat16 = wide && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const bool half = wide && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+    return std::array<bool, 2>{bfloat16, half};
+  }();
+  return found[dtype == ScalarType::Half];
+#else
+  return true;
+#endif
+}
+
+bool is_half_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+}
+
+Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
+
 bool is_float_on_cpu(const Tensor& t) { return t.scalar_type() == ScalarType::Float && t.is_cpu(); }
 
 }  // namespace
 
 bool Cpu::fits(const Tensor& x, const Tensor& weight) {
-  if (!is_float_on_cpu(x)) return false;
   const int64_t n = x.size(0);
-  return n >= kEnough || (n >= 8 && n * weight.size(0) * weight.size(1) <= kTiny);
+  if (x.is_cpu() && is_half_type(x)) return n >= kFewest && !multiplies(x.scalar_type());
+  if (!is_float_on_cpu(x)) return false;
+  return n >= kEnough || (n >= kFewest && n * weight.size(0) * weight.size(1) <= kTiny);
 }
 
 std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                                        const Activation& f, double parameter) {
+  if (is_half_type(x_)) {
+    const auto bias = bias_ ? std::optional<Tensor>(widened(*bias_)) : bias_;
+    const auto [y, z] = linear(widened(x_), widened(weight_), bias, f, parameter);
+    const ScalarType dtype = x_.scalar_type();
+    return {torch::stable::to(y, dtype), f.saves_x ? torch::stable::to(z, dtype) : nothing(x_)};
+  }
   const Tensor x = readable(x_), weight = readable(weight_);
   const std::optional<Tensor> bias = bias_ ? std::optional<Tensor>(dense(*bias_)) : bias_;
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
@@ -72,6 +109,11 @@ std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, 
 
 std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, const Tensor& weight_, bool need_x,
                                            bool need_weight, bool need_bias) {
+  if (is_half_type(x_)) {
+    auto result = affine_backward(widened(dz_), widened(x_), widened(weight_), need_x, need_weight, need_bias);
+    for (Tensor& t : result) t = torch::stable::to(t, x_.scalar_type());
+    return result;
+  }
   const Tensor dz = readable(dz_), x = readable(x_), weight = readable(weight_);
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Matrix d = matrix_of(dz), rows = matrix_of(x), w = matrix_of(weight);

@@ -1,4 +1,4 @@
-"""csrc/cpu/gemm.h and network.h: linear and mlp in float32, at every awkward size."""
+"""csrc/cpu/gemm.h and network.h: linear and mlp in float32 and in half types, at awkward sizes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import torchbp
 import torchbp.functional as F
 from tests.compare import assert_close_in_norm
+from tests.machine import cpu_flags
 
 # (n, in, out): one tile, many, blocks of K, panels cut off, more unfinished tiles than are held,
 # one example, nothing at all.
@@ -19,6 +21,10 @@ SIZES = [
     (530, 300, 260), (200, 40, 100), (7, 5, 3), (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
 ]  # fmt: skip
 LAYOUTS = ["plain", "transposed", "strided"]
+
+# Half types, and what a machine that multiplies them as such is known by.
+HALF_TYPES = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+EACH_HALF_TYPE = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 
 
 def laid_out(layout: str, *shape: int) -> Tensor:
@@ -29,19 +35,20 @@ def laid_out(layout: str, *shape: int) -> Tensor:
     )
 
 
-def gradients(run: Any, *leaves: Tensor) -> list[Tensor]:
-    """Output and gradients, for an upstream gradient that the seed determines."""
+def gradients(run: Any, *leaves: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Output and gradients, for an upstream gradient of `dtype` that the seed determines."""
     y = run(*leaves)
     torch.manual_seed(1)
-    upstream = torch.randn(y.shape).to(y.dtype)
+    upstream = torch.randn(y.shape).to(dtype).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
 def check(ours: Any, theirs: Any, *leaves: Tensor) -> None:
-    """Both in float32 against theirs in float64."""
-    of_ours = gradients(ours, *(leaf.detach().requires_grad_() for leaf in leaves))
-    of_theirs = gradients(theirs, *(leaf.detach().requires_grad_() for leaf in leaves))
-    exact = gradients(theirs, *(leaf.detach().double().requires_grad_() for leaf in leaves))
+    """Both in the dtype of the leaves against theirs in float64."""
+    dtype = leaves[0].dtype
+    of_ours = gradients(ours, *_leaves(*leaves), dtype=dtype)
+    of_theirs = gradients(theirs, *_leaves(*leaves), dtype=dtype)
+    exact = gradients(theirs, *_leaves(*(leaf.double() for leaf in leaves)), dtype=dtype)
     for mine, wanted, peer in zip(of_ours, exact, of_theirs, strict=True):
         # One sum over k in one order has a larger error than a sum in parts; 4 covers k = 1030.
         assert_close_in_norm(mine, wanted, peer, factor=4.0)
@@ -59,6 +66,47 @@ def test_linear(size: tuple[int, int, int], layout: str, activation: str | None)
         laid_out(layout, n, features_in),
         laid_out(layout, features_out, features_in),
         torch.randn(features_out),
+    )
+
+
+@EACH_HALF_TYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "size", [(70, 300, 33), (8, 3, 5), (7, 5, 3), (0, 4, 3), (9, 0, 3)], ids=str
+)
+@pytest.mark.parametrize("activation", [None, "elu"])
+def test_linear_in_half_types(
+    size: tuple[int, int, int], layout: str, activation: str | None, dtype: torch.dtype
+) -> None:
+    n, features_in, features_out = size
+    check(
+        lambda x, w, b: F.linear(x, w, b, activation),
+        lambda x, w, b: (torch.nn.functional.elu if activation else torch.clone)(
+            torch.nn.functional.linear(x, w, b)
+        ),
+        laid_out(layout, n, features_in).to(dtype),
+        laid_out(layout, features_out, features_in).to(dtype),
+        torch.randn(features_out).to(dtype),
+    )
+
+
+@EACH_HALF_TYPE
+def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
+    """To the bit, where no instruction multiplies them."""
+    flags = cpu_flags()
+    if "sse2" not in flags or (torchbp.cpu_level() == "avx512" and HALF_TYPES[dtype] in flags):
+        pytest.skip(f"products of {dtype} are left to the library on this machine")
+    x, w, b = (torch.randn(*shape).to(dtype) for shape in [(40, 70), (30, 70), (30,)])
+    for activation in (None, "tanh", "elu"):
+        y = F.linear(x, w, b, activation)
+        assert torch.equal(y, F.linear(x.float(), w.float(), b.float(), activation).to(dtype))
+    half = gradients(F.linear, *_leaves(x, w, b), dtype=dtype)
+    wide = gradients(F.linear, *_leaves(x.float(), w.float(), b.float()), dtype=dtype)
+    for mine, wanted in zip(half, wide, strict=True):
+        assert torch.equal(mine, wanted.to(dtype))
+    last = torch.randn(9, 30).to(dtype)
+    assert torch.equal(
+        F.mlp(x, [w, last], [], "tanh"), F.linear(F.linear(x, w, None, "tanh"), last)
     )
 
 

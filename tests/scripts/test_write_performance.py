@@ -3,22 +3,12 @@ and a missed goal is never passed over."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scripts import write_performance
 from scripts.benchmark_report import GOAL_THREADS, condensed, reached
-
-DOCS = write_performance.ROOT / "docs"
-
-
-def files() -> tuple[dict[str, Any], dict[str, Any]]:
-    names = ("benchmark.json", "profile.json")
-    data, profiles = (json.loads((DOCS / name).read_bytes()) for name in names)
-    return data, profiles
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -26,7 +16,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_missed_goal_has_its_reason_and_profile() -> None:
-    data, profiles = files()
+    data, profiles, _ = write_performance.read()
     page = write_performance.page(data, profiles)
     profiled = {result["case"] for result in profiles["results"]}
     for result in condensed(data["results"]):
@@ -44,6 +34,19 @@ def test_drift_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(write_performance, "PAGE", page)
     assert write_performance.main(["--check"]) == 1
     assert write_performance.main([]) == 0
-    assert page.read_text() == write_performance.page(*files())
+    assert page.read_text() == write_performance.page(*write_performance.read())
     page.write_text(page.read_text().replace("us", "ms", 1))
     assert write_performance.main(["--check"]) == 1
+
+
+def test_other_machines_follow_with_all_their_times() -> None:
+    data, profiles, _ = write_performance.read()
+    other = {**data, "machine": {**data["machine"], "processor": "Other", "simd": "avx2"}}
+    text = write_performance.page(data, profiles, [other])
+    alone = write_performance.page(data, profiles)
+    assert text.startswith(alone)
+    rest = text.removeprefix(alone)
+    assert "Other, avx2" in rest
+    assert len(data["results"]) > 20
+    for result in condensed(data["results"]):
+        assert result["about"] in rest

@@ -253,6 +253,8 @@ def run(
                         workers.discard(worker)
                     worker = Worker(piece.get("level"))
                     workers.add(worker)
+                    if stopped.is_set():  # or nobody would kill this one
+                        break
                 answer = worker.measure(figure, piece)
             except Exception as error:  # or the parent would wait for ever
                 answer = {"error": f"{type(error).__name__}: {error}"}

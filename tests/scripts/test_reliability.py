@@ -218,7 +218,13 @@ def test_ctrl_c_leaves_what_is_done(tmp_path: Path) -> None:
     command += ["accuracy:exp:baseline:bfloat16", "--state", str(tmp_path), "--jobs", "1"]
     command[3], command[4] = command[4], command[3]  # the short one first
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it runs in the background ignore Ctrl-C, these tests for example.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state, figure = State(tmp_path), Accuracy()
 

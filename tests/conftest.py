@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+from tests.machine import HAS_GPU
+
 
 @pytest.fixture(autouse=True)
 def _own_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -28,7 +30,7 @@ def _own_random_state(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") and not HAS_GPU:
         pytest.skip("needs a CUDA device")
 
 

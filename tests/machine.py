@@ -1,10 +1,20 @@
-"""What the machine that runs the tests has: SIMD levels and free memory."""
+"""What the machine that runs the tests has: a GPU, SIMD levels and free memory."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["LEVELS", "cpu_flags", "free_memory"]
+import torch
+
+__all__ = ["EMULATED", "GPU", "HAS_GPU", "LEVELS", "cpu_flags", "free_memory"]
+
+#: Whether the CPU runs the kernels of csrc/cuda in this process (tests/cuda/on_cpu).
+EMULATED = "TORCHBP_EMULATOR" in os.environ
+
+#: The device that the tests of a GPU run on, and whether it is there.
+GPU = "cpu" if EMULATED else "cuda"
+HAS_GPU = EMULATED or torch.cuda.is_available()
 
 #: SIMD level -> what Linux calls the instructions that it needs.
 LEVELS = {

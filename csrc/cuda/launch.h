@@ -39,8 +39,11 @@ public:
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                   std::type_identity_t<Parameters>... arguments) const {
-    kernel<<<blocks, threads, 0, stream_>>>(arguments...);
-    check(cudaGetLastError());
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(blocks);
+    launch.blockDim = dim3(threads);
+    launch.stream = stream_;
+    check(cudaLaunchKernelEx(&launch, kernel, arguments...));
   }
 
   void check(cudaError_t error) const {
@@ -48,6 +51,13 @@ public:
   }
 
   cudaStream_t stream() const { return stream_; }
+
+  // Whether what is launched becomes part of a CUDA graph, and nothing can be waited for.
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
 
 private:
   const char* op_;

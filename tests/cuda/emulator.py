@@ -1,0 +1,29 @@
+"""Tests of the emulator itself (on_cpu/): that a kernel with a fault shows it. They run in the
+process of test_on_cpu.py, where the kernels of on_cpu/faults.cu are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+WANTED = torch.arange(63.0, -1, -1)
+
+
+def run(name: str) -> torch.Tensor:
+    result: torch.Tensor = getattr(torch.ops.torchbp_faults, name)(torch.empty(1))
+    return result
+
+
+def test_threads_that_wait_for_each_other() -> None:
+    assert torch.equal(run("none"), WANTED)
+
+
+def test_a_barrier_that_is_missing() -> None:
+    assert not torch.equal(run("no_barrier"), WANTED)
+
+
+@pytest.mark.parametrize("name", ["barrier_in_a_branch", "shuffle_in_a_branch"])
+def test_threads_that_never_come(name: str) -> None:
+    with pytest.raises(RuntimeError, match="wait for others that never come"):
+        run(name)
+    assert torch.equal(run("none"), WANTED)  # and the next kernel is none the worse

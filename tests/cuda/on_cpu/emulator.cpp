@@ -1,0 +1,167 @@
+// Runs CUDA kernels on the CPU: the threads of a block as fibers (cuda_runtime.h says why and how).
+#include <setjmp.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+
+enum class State { ready, at_block, at_warp, over };
+
+// A fiber serves one block after another. It is entered by its context once and by longjmp after that, which unlike
+// swapcontext asks nothing of the system.
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  jmp_buf here;
+  bool entered = false;
+  State state;
+  unsigned mask;  // of the lanes that it waits for
+};
+
+// The block that runs. One at a time: PyTorch calls operations of one thread, and so do the tests.
+struct Block {
+  Place place{};
+  const std::function<void()>* body = nullptr;
+  jmp_buf caller;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // as many as the largest block so far had threads
+  std::vector<uint64_t> exchange;
+  std::exception_ptr error;
+  std::minstd_rand random{1};
+
+  Fiber& fiber(unsigned thread) { return *fibers[thread]; }
+  Fiber& current() { return fiber(place.thread); }
+};
+Block& block = *new Block;  // never destroyed: a fiber does not end
+
+void pause(State state) {
+  Fiber& fiber = block.current();
+  fiber.state = state;
+  if (!_setjmp(fiber.here)) _longjmp(block.caller, 1);
+}
+
+void entry() {
+  while (true) {
+    try {
+      (*block.body)();
+    } catch (...) {
+      block.error = std::current_exception();
+    }
+    pause(State::over);
+  }
+}
+
+// Runs a thread until it waits or is over.
+void resume(unsigned thread) {
+  block.place.thread = thread;
+  Fiber& fiber = block.fiber(thread);
+  if (_setjmp(block.caller)) return;
+  if (fiber.entered) _longjmp(fiber.here, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
+}
+
+void add_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->stack = std::make_unique_for_overwrite<char[]>(kStack);
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStack;
+  fiber->context.uc_link = nullptr;
+  fiber->state = State::ready;
+  makecontext(&fiber->context, entry, 0);
+  block.fibers.push_back(std::move(fiber));
+}
+
+// Frees those that wait for threads that wait as well. A barrier of a block is for all of it.
+void release() {
+  const unsigned threads = block.place.threads;
+  const auto all_wait = [](unsigned begin, unsigned end, State wanted, unsigned mask) {
+    for (unsigned t = begin; t < end; ++t)
+      if ((mask >> (t % 32) & 1) && block.fiber(t).state != wanted) return false;
+    return true;
+  };
+  const auto free = [](unsigned begin, unsigned end, unsigned mask) {
+    for (unsigned t = begin; t < end; ++t)
+      if (mask >> (t % 32) & 1) block.fiber(t).state = State::ready;
+  };
+  constexpr unsigned everyone = 0xFFFFFFFFu;
+  if (all_wait(0, threads, State::at_block, everyone)) return free(0, threads, everyone);
+  for (unsigned t = 0; t < threads; ++t) {
+    if (block.fiber(t).state != State::at_warp) continue;
+    const unsigned begin = t / 32 * 32, end = std::min(begin + 32, threads), mask = block.fiber(t).mask;
+    if (all_wait(begin, end, State::at_warp, mask)) free(begin, end, mask);
+  }
+}
+
+void run_block() {
+  const unsigned threads = block.place.threads;
+  while (block.fibers.size() < threads) add_fiber();
+  block.exchange.assign((threads + 31) / 32 * 32, 0);
+  std::vector<unsigned> ready(threads);
+  std::iota(ready.begin(), ready.end(), 0);
+  while (!ready.empty()) {
+    std::shuffle(ready.begin(), ready.end(), block.random);
+    for (const unsigned t : ready) resume(t);
+    release();
+    ready.clear();
+    for (unsigned t = 0; t < threads; ++t)
+      if (block.fiber(t).state == State::ready) ready.push_back(t);
+  }
+  bool over = true;
+  for (unsigned t = 0; t < threads; ++t) over &= block.fiber(t).state == State::over;
+  if (!over) block.fibers.clear();  // those that wait in the middle of a kernel
+  if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+  STD_TORCH_CHECK(over, "emulator: threads of block ", block.place.block, " wait for others that never come");
+}
+
+}  // namespace
+
+const Place& place() { return block.place; }
+
+void run(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+  STD_TORCH_CHECK(blocks >= 1 && threads >= 1 && threads <= 1024, "emulator: no GPU launches ", blocks, " blocks of ",
+                  threads, " threads");
+  block.body = &body;
+  for (unsigned b = 0; b < blocks; ++b) {
+    block.place = {0, b, threads, blocks};
+    for (unsigned t = 0; t < std::min<size_t>(threads, block.fibers.size()); ++t) block.fiber(t).state = State::ready;
+    run_block();
+  }
+}
+
+void wait_for_block() { pause(State::at_block); }
+
+void wait_for_warp(unsigned mask) {
+  block.current().mask = mask;
+  pause(State::at_warp);
+}
+
+uint64_t* of_warp() { return &block.exchange[block.place.thread / 32 * 32]; }
+
+}  // namespace emulator
+
+// ---- what PyTorch has only where it has CUDA ---------------------------------------------------------------------
+
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return AOTI_TORCH_SUCCESS; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}

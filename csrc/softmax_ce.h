@@ -77,21 +77,23 @@ struct Row {
     return static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot();
   }
 
-  // Writes the gradient of the logits. All threads of the group call this.
+  // Writes the gradient of the logits, with p = exp(x - shift) / sum: not exp(x - lse), as lse has lost the digits of
+  // log(sum) where x is large. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void backward(const Group& group, C lse) const {
+  TORCHBP_INLINE void backward(const Group& group, C shift, C sum) const {
     T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
     if (ignored() || !in_range()) {
       for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
       return;
     }
-    const C g = upstream(), hot = onehot(), all = mass(group);
+    const C g = upstream(), hot = g * onehot(), scale = g * mass(group) / sum;
+    const auto at_target = [&](int64_t c) { return c == target ? hot : C(0); };
     if (has_soft())
       for (int64_t c = group.rank; c < a.classes; c += group.size)
-        store(dx + c, g * (exp(load(x[c]) - lse) * all - w(c) * soft(c) - (c == target ? hot : C(0))));
+        store(dx + c, scale * exp(load(x[c]) - shift) - g * (w(c) * soft(c)) - at_target(c));
     else
       for (int64_t c = group.rank; c < a.classes; c += group.size)
-        store(dx + c, g * hot * (exp(load(x[c]) - lse) - (c == target ? C(1) : C(0))));
+        store(dx + c, scale * exp(load(x[c]) - shift) - at_target(c));
   }
 
   // Writes the gradient of class probabilities. All threads of the group call this.

@@ -74,16 +74,17 @@ __device__ __forceinline__ void for_rows(int64_t n, const F& f) {
 
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
-// log sum exp of a row = shift + log_sum, in one pass over memory (Milakov and Gimelshein 2018): the sum so far is kept relative to the
-// largest so far. A row of only -inf has no softmax and gives -inf, one that holds nan or +inf gives nan.
+// A row's largest x as the shift and the sum of exp(x - shift), in one pass over memory (Milakov and Gimelshein 2018):
+// the sum so far is kept relative to the largest so far. A row of only -inf is shifted by 0: its sum of 0 gives PyTorch's
+// nan. One that holds nan or +inf has the sum nan.
 template <class Group, class T>
-__device__ __forceinline__ void log_sum_exp(const Group& group, const T* x, int64_t classes, Compute<T>& shift,
-                                            Compute<T>& log_sum) {
+__device__ __forceinline__ void softmax(const Group& group, const T* x, int64_t classes, Compute<T>& shift,
+                                        Compute<T>& sum) {
   using C = Compute<T>;
   constexpr int unroll = 4;  // elements that are read, and rescaled for, together
   constexpr C least = -std::numeric_limits<C>::infinity();
   const auto shift_of = [](C most) { return most == least ? C(0) : most; };
-  C most = least, sum = 0;
+  C most = least, own = 0;
   for (int64_t c = group.rank; c < classes; c += unroll * Group::size) {
     C v[unroll], higher = most;
 #pragma unroll
@@ -91,14 +92,14 @@ __device__ __forceinline__ void log_sum_exp(const Group& group, const T* x, int6
       v[u] = c + u * Group::size < classes ? load(x[c + u * Group::size]) : least;
       higher = v[u] > higher ? v[u] : higher;
     }
-    sum *= exp(most - shift_of(higher));
+    own *= exp(most - shift_of(higher));
 #pragma unroll
-    for (int u = 0; u < unroll; ++u) sum += exp(v[u] - shift_of(higher));
+    for (int u = 0; u < unroll; ++u) own += exp(v[u] - shift_of(higher));
     most = higher;
   }
   const C all = group.max(most);
   shift = shift_of(all);
-  log_sum = log(group.sum(sum * exp(most - shift)));
+  sum = group.sum(own * exp(most - shift));
 }
 
 // row_loss and row_weight of each row; `loss`, if given, receives the rows' losses in the dtype of the input.
@@ -107,8 +108,9 @@ __global__ void __launch_bounds__(kRowThreads<width>) ce_forward(const __grid_co
   using C = Compute<T>;
   for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) {
     const Row<T> row(a, i);
-    C shift, log_sum, lost = 0, counted = 0;
-    log_sum_exp(group, row.x, a.classes, shift, log_sum);
+    C shift, sum, lost = 0, counted = 0;
+    softmax(group, row.x, a.classes, shift, sum);
+    const C log_sum = log(sum);
     if (!row.ignored() && row.in_range()) row.loss(group, shift, log_sum, lost, counted);
     if (group.rank != 0) return;
     if (!row.ignored() && !row.in_range()) {
@@ -127,9 +129,12 @@ __global__ void __launch_bounds__(kRowThreads<width>) ce_backward(const __grid_c
   using C = Compute<T>;
   for_rows<width>(a.n, [&](const Group<width>& group, int64_t i) {
     const Row<T> row(a, i);
-    const C lse = static_cast<const C*>(a.lse)[i];
-    if (a.grad_input) row.backward(group, lse);
-    if (a.grad_probabilities) row.backward_probabilities(group, lse);
+    if (a.grad_input) {
+      C shift, sum;
+      softmax(group, row.x, a.classes, shift, sum);  // the second pass over the row finds it in L2
+      row.backward(group, shift, sum);
+    }
+    if (a.grad_probabilities) row.backward_probabilities(group, static_cast<const C*>(a.lse)[i]);
   });
 }
 
@@ -246,9 +251,7 @@ void launch_rows(const Launch& launch, const SoftmaxCE& ce, Warp per_warp, Block
 
 void Cuda::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* loss, void* total) {
   const Launch launch("softmax_ce", ce.device);
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  launch.check(cudaStreamIsCapturing(launch.stream(), &capturing));
-  const bool check_targets = !ce.soft && ce.n > 0 && capturing == cudaStreamCaptureStatusNone;
+  const bool check_targets = !ce.soft && ce.n > 0 && !launch.capturing();
 
   // The smallest bad row, or what it started as: every byte 0x7F, more than any row.
   constexpr int byte = 0x7F;

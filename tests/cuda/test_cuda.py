@@ -6,8 +6,11 @@ gradients, products and reductions are at most twice as far off in norm as PyTor
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as TF
 from torch import Tensor
 
 import torchbp.functional as F
@@ -86,6 +89,25 @@ def test_many_classes(classes: int) -> None:
     exact = torch.nn.functional.cross_entropy(input.double(), target)
     loss = F.cross_entropy(input.to(GPU), target.to(GPU))
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("classes", [3, 40, 3000])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothed"])
+def test_logits_of_any_size(classes: int, options: dict[str, Any]) -> None:
+    """The gradient has the digits of log(sum) where the logits are large, and PyTorch's nan."""
+    input = torch.randn(8, classes)
+    input[1], input[2], input[3] = input[1] * 1e4, 1e6, 3e38
+    input[4, 0], input[5, 1], input[6] = -torch.inf, torch.nan, -torch.inf
+    target = torch.arange(8) % classes
+    grads = []
+    for function, dtype in ((F.cross_entropy, torch.float32), (TF.cross_entropy, torch.float64)):
+        device = GPU if dtype == torch.float32 else "cpu"
+        x = input.to(device, dtype, copy=True).requires_grad_()
+        loss = function(x, target.to(device), reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        grads.append(grad.cpu().double())
+    # Ten roundings of p and q, which are at most 1, and of the distance to the largest logit.
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_class_index_out_of_range_raises_and_the_device_goes_on() -> None:

@@ -16,10 +16,13 @@ import pytest
 
 from tests.cuda.on_cpu.build import ROOT, build
 
-#: What runs on the emulator: the GPU's own tests.
+#: What runs on the emulator: the GPU's own tests, and others of the operations that it has.
 TESTS = (
     "tests/cuda/test_cuda.py",
     "tests/cuda/emulator.py",
+    "tests/functions/test_softmax_ce.py::test_special_values",
+    "tests/functions/test_softmax_ce.py::test_upstream_gradients",
+    "tests/functions/test_softmax_ce.py::test_ignored_rows_have_no_gradient_whatever_arrives",
 )
 
 

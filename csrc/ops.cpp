@@ -5,6 +5,7 @@
 
 #include "cpu/backend.h"
 #include "ops.h"
+#include "optim_ops.h"
 
 namespace torchbp {
 namespace {
@@ -72,7 +73,10 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
   torchbp::define_operations(m);
   torchbp::define_others(m);
 }
-STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) { torchbp::register_on_cpu(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
+  torchbp::register_on_cpu(m);
+  torchbp::register_optimizers<torchbp::Cpu>(m);
+}
 
 // The same without autograd, which the Functions call where nothing records or transforms them.
 STABLE_TORCH_LIBRARY(torchbp_kernels, m) { torchbp::define_operations(m); }

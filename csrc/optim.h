@@ -3,15 +3,17 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace torchbp {
 
 enum class Rule { sgd, adamw };
 
-// One step of torch.optim.SGD or AdamW, in their names. cpu/update.h has the formulas.
+// One step of torch.optim.SGD or AdamW, in their names. update.h has the formulas.
 struct Update {
   Rule rule = Rule::sgd;
   double lr = 0, weight_decay = 0;
@@ -28,6 +30,8 @@ struct Update {
     correction1 = 1 - std::pow(beta1, step);
     correction2 = 1 - std::pow(beta2, step);
   }
+
+  bool operator==(const Update&) const = default;
 };
 
 // A group's hyperparameters as operations take them: a row of this many float64.
@@ -60,13 +64,29 @@ inline Update update_of(Rule rule, const double* row) {
 struct Parameter {
   Update update;
   torch::headeronly::ScalarType dtype;
-  int64_t n = 0;
+  int32_t device = -1;  // its index, as in cuda:0
+  int64_t n = 0, bytes = 0;
   void* data = nullptr;
   const void* grad = nullptr;
   void* state[2] = {nullptr, nullptr};
   void* step = nullptr;  // a float32 or float64 number, as torch.optim keeps it
   bool wide_step = false;
 };
+
+// Whether what is written for one parameter is written for another one too, or for the same one given twice.
+inline bool overlap(const std::vector<Parameter>& parameters) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const Parameter& p : parameters)
+    for (const void* data : {static_cast<const void*>(p.data), static_cast<const void*>(p.state[0]),
+                             static_cast<const void*>(p.state[1])}) {
+      const char* const begin = static_cast<const char*>(data);
+      if (begin) spans.emplace_back(begin, begin + p.bytes);
+    }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
 
 // Counts the step that AdamW is about to do.
 inline void advance(std::vector<Parameter>& parameters) {

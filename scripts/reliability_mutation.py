@@ -94,7 +94,7 @@ STAGES: dict[str, list[list[str]]] = {
         ["tests/optim/test_step.py", "-k", "refus or behind or closed or logits or dismisses"],
         ["tests/optim/test_step.py", "-k", _NOT_COMPILED],
     ],
-    "csrc/cpu/optim.cpp": [
+    "csrc/optim_ops.h": [
         ["tests/optim/test_optimizers.py", "-k", "refus"],
         ["tests/optim/test_optimizers.py", "-k", _NOT_COMPILED],
     ],

@@ -225,25 +225,6 @@ void Cpu::add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void
     *static_cast<float*>(result) += static_cast<float>(sum);
 }
 
-namespace {
-
-// Whether what is written for one parameter is written for another one too, or for the same one given twice.
-bool overlap(const std::vector<Parameter>& parameters) {
-  std::vector<std::pair<const char*, const char*>> spans;
-  for (const Parameter& p : parameters)
-    for (const void* data : {static_cast<const void*>(p.data), static_cast<const void*>(p.state[0]),
-                             static_cast<const void*>(p.state[1])}) {
-      const char* const begin = static_cast<const char*>(data);
-      if (begin) spans.emplace_back(begin, begin + p.n * element_size(dtype_index(p.dtype)));
-    }
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i)
-    if (spans[i].first < spans[i - 1].second) return true;
-  return false;
-}
-
-}  // namespace
-
 void Cpu::update(const std::vector<Parameter>& parameters) {
   int64_t total = 0;
   for (const Parameter& p : parameters) total += p.n;

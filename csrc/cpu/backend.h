@@ -48,6 +48,9 @@ struct Cpu {
                                           bool need_x, const std::vector<int64_t>& need_weights,
                                           const std::vector<int64_t>& need_biases);
 
+  // The operations of optim_ops.h. Raises, before anything changes, what stands in the way of a step.
+  static constexpr bool on_cpu = true;
+  static void check_update(const std::vector<Parameter>&) {}
   // One step for all parameters, in one pass over their memory.
   static void update(const std::vector<Parameter>& parameters);
   // Fills batch.out.

@@ -7,7 +7,12 @@
 // Every result is the same at each run: sums are made in an order that depends on the sizes alone.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
 #include "../kernels.h"
+#include "../optim.h"
 
 namespace torchbp {
 
@@ -20,6 +25,11 @@ struct Cuda {
   static void maxout_forward(const Maxout& maxout);
   static void maxout_backward(const Maxout& maxout);
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);
+
+  static constexpr bool on_cpu = false;
+  static void check_on_host(const char* op, const torch::stable::Tensor& step);
+  static void check_update(const std::vector<Parameter>& parameters);
+  static void update(const std::vector<Parameter>& parameters);
 };
 
 }  // namespace torchbp

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+import torchbp
 import torchbp.functional as F
 from tests.compare import assert_close_in_norm, assert_within_ulps
 from tests.machine import EMULATED, GPU
@@ -108,6 +109,46 @@ def test_logits_of_any_size(classes: int, options: dict[str, Any]) -> None:
         grads.append(grad.cpu().double())
     # Ten roundings of p and q, which are at most 1, and of the distance to the largest logit.
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+RULES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_optimizers(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """More parameters than one launch takes, of all sizes, as torch.optim does in float64."""
+    if name == "AdamW" and dtype == torch.float16:
+        pytest.skip("squares of gradients are below what the state can hold")
+    sizes = [*range(3), 255, 256, 1023, 1024, 1025, 5000, *[7] * 150]
+    values = [torch.randn(n).to(dtype) for n in sizes]
+    ours = [value.to(GPU, copy=True).requires_grad_() for value in values]
+    exact = [value.double().requires_grad_() for value in values]
+    mine = getattr(torchbp.optim, name)(ours, **options)
+    theirs = getattr(torch.optim, name)(exact, **options)
+    for _ in range(3):
+        for p, q in zip(ours, exact, strict=True):
+            grad = torch.randn(q.shape).to(dtype)
+            p.grad, q.grad = grad.to(GPU), grad.double()
+        mine.step()
+        theirs.step()
+    assert not mine._pause  # PyTorch did none but the first
+    # Of each step: one rounding of the parameter, and what its state has lost so far.
+    rtol = 16 * torch.finfo(dtype).eps
+    for p, q in zip(ours, exact, strict=True):
+        torch.testing.assert_close(p.detach().cpu().double(), q.detach(), rtol=rtol, atol=rtol)
+
+
+def test_one_parameter_given_twice() -> None:
+    """Is updated twice, one step after the other."""
+    p = torch.ones(2000, device=GPU)
+    torch.ops.torchbp.sgd_([p, p], [p.clone(), p.clone()], [], [2, 0.5, 0, 0, 0.5, False, False])
+    # 1 - 0.5 (1 + 0.5) = 0.25, then 0.25 - 0.5 (1 + 0.125)
+    assert torch.equal(p.cpu(), torch.full((2000,), -0.3125))
 
 
 def test_class_index_out_of_range_raises_and_the_device_goes_on() -> None:

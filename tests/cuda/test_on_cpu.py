@@ -20,6 +20,8 @@ from tests.cuda.on_cpu.build import ROOT, build
 TESTS = (
     "tests/cuda/test_cuda.py",
     "tests/cuda/emulator.py",
+    "tests/optim/test_optimizers.py::test_refusals_change_nothing",
+    "tests/optim/test_optimizers.py::test_layouts",
     "tests/functions/test_softmax_ce.py::test_special_values",
     "tests/functions/test_softmax_ce.py::test_upstream_gradients",
     "tests/functions/test_softmax_ce.py::test_ignored_rows_have_no_gradient_whatever_arrives",

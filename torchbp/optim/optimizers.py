@@ -176,10 +176,11 @@ class SGD(_OneCall, torch.optim.SGD):
     torch.optim.SGD, and the results are the same to rounding: one can take the place of the other
     at any step, and a checkpoint of one is a checkpoint of the other.
 
-    That pass is for dense tensors on the CPU, of dtype float64, float32, bfloat16 or float16 (half
-    types compute in float32 and are rounded once). torch.optim.SGD does the step where anything is
-    different (CUDA, sparse or complex tensors, `differentiable`, `fused`), and the first one,
-    which makes the momentum buffers. `foreach` changes nothing.
+    That pass is for dense tensors on the CPU or on GPUs, of dtype float64, float32, bfloat16 or
+    float16 (half types compute in float32 and are rounded once). torch.optim.SGD does the step
+    where anything is different (both kinds of device at once, sparse or complex tensors,
+    `differentiable`, `fused`), and the first one, which makes the momentum buffers. `foreach`
+    changes nothing.
 
     Args: as of torch.optim.SGD.
 
@@ -213,7 +214,7 @@ class AdamW(_OneCall, torch.optim.AdamW):
 
     Arguments, state (`step`, `exp_avg`, `exp_avg_sq`), `state_dict`, closures and hooks are those
     of torch.optim.AdamW, and the results are the same to rounding, as for `SGD`, which says when
-    torch does the step; here also with `amsgrad` and `capturable`.
+    torch does the step; here also with `amsgrad` and `capturable`, and so in a CUDA graph.
 
     Args: as of torch.optim.AdamW.
 

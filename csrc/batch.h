@@ -1,7 +1,7 @@
 // A batch of normalised images out of a data set of bytes: what to read, how to change it, where to write it.
 //
-// A plain struct over raw pointers, so that a whole epoch can run from C++ without a tensor for each batch. The kernel is
-// cpu/batch.h; Cpu::batch (cpu/backend.h) runs it with threads.
+// A plain struct over raw pointers, so that a whole epoch can run from C++ without a tensor for each batch. The kernels
+// are cpu/batch.h, which Cpu::batch (cpu/backend.h) runs with threads, and cuda/images.cu.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

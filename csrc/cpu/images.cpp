@@ -1,5 +1,5 @@
-// Batches of normalised, mirrored and moved images out of a data set of bytes. They are made where the bytes are, on the
-// CPU.
+// Batches of normalised, mirrored and moved images out of a data set of bytes. They are made where the bytes are: here on
+// the CPU.
 //
 // open takes the plan of an epoch and returns its number; batch then makes a batch of it in one call of two numbers. A
 // call of PyTorch from Python takes microseconds, more of them the more arguments it has and after a kernel that has
@@ -108,6 +108,8 @@ STABLE_TORCH_LIBRARY(torchbp_images, m) {
       "ScalarType dtype, int batch_size, bool flatten) -> int");
   m.def("batch(int images, int begin) -> (Tensor, Tensor)");
   m.def("close(int images) -> ()");
+  m.def(  // cuda/images.cu
+      "on_gpu(Tensor images, Tensor index, Tensor? flip, Tensor? shift, Tensor affine, ScalarType dtype) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_images, CPU, m) { m.impl("open", TORCH_BOX(&torchbp::open)); }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_images, CompositeExplicitAutograd, m) {

@@ -6,6 +6,7 @@ gradients, products and reductions are at most twice as far off in norm as PyTor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torchbp.functional as F
 from tests.compare import assert_close_in_norm, assert_within_ulps
 from tests.machine import EMULATED, GPU
 from tests.ops import CASES, DTYPES, OPS, Case
+from torchbp.data import BatchLoader
 
 pytestmark = pytest.mark.gpu
 
@@ -149,6 +151,43 @@ def test_one_parameter_given_twice() -> None:
     torch.ops.torchbp.sgd_([p, p], [p.clone(), p.clone()], [], [2, 0.5, 0, 0, 0.5, False, False])
     # 1 - 0.5 (1 + 0.5) = 0.25, then 0.25 - 0.5 (1 + 0.125)
     assert torch.equal(p.cpu(), torch.full((2000,), -0.3125))
+
+
+@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize("options", [{}, {"flip": True, "shift": 2, "flatten": False}])
+@EACH_DTYPE
+def test_batches(options: dict[str, Any], dtype: torch.dtype, width: int) -> None:
+    """A GPU's batches are the CPU's, but for a rounding of the sum."""
+    images = torch.randint(256, (50, 3, 7, width), dtype=torch.uint8)
+    data = SimpleNamespace(images=images.transpose(2, 3), targets=torch.randint(10, (50,)))
+    loader = BatchLoader(data, batch_size=16, dtype=dtype, **options)
+    elsewhere = BatchLoader(data, batch_size=16, dtype=dtype, device=GPU, **options)
+    read = elsewhere._reader_on_gpu(elsewhere._plan(0))
+    for begin, (x, target) in zip(range(0, 50, 16), loader, strict=True):
+        there, classes = read(begin)
+        assert there.dtype == dtype
+        assert torch.equal(classes.cpu(), target)
+        rtol = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(there.cpu(), x, rtol=rtol, atol=rtol)
+        assert torch.equal(there.cpu() == 0, x == 0)  # what was moved in
+
+
+def test_a_data_set_that_was_changed_is_copied_again() -> None:
+    data = SimpleNamespace(images=torch.zeros(2, 1, 4, 4).byte(), targets=torch.zeros(2).long())
+    loader = BatchLoader(data, device=GPU, mean=[0.0], std=[1.0])
+    first, _ = loader._reader_on_gpu(loader._plan(0))(0)
+    data.images.fill_(255)
+    second, _ = loader._reader_on_gpu(loader._plan(1))(0)
+    assert (first == 0).all()
+    assert (second == 1).all()
+
+
+def test_an_image_that_is_not_there_is_nan() -> None:
+    images, affine = torch.ones(2, 1, 4, 4).byte().to(GPU), torch.ones(2, 1).double().to(GPU)
+    index = torch.tensor([1, 2, -1, 0]).to(GPU)
+    x = torch.ops.torchbp_images.on_gpu(images, index, None, None, affine, torch.float32)
+    assert x.isnan().flatten(1).all(1).tolist() == [False, True, True, False]
+    assert (x[[0, 3]] == 2).all()
 
 
 def test_class_index_out_of_range_raises_and_the_device_goes_on() -> None:

@@ -10,12 +10,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ..functions.table import HAS_CUDA
+
 # Bytes have no gradient.
 _library = torch.library.Library("torchbp_images", "IMPL")
-_library.impl("open", torch.library.fallthrough_kernel, "Autograd")
+for _name in ("open", "on_gpu"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _open = torch.ops.torchbp_images.open.default._op
 _batch = torch.ops.torchbp_images.batch.default._op
 _close = torch.ops.torchbp_images.close.default._op
+_on_gpu = torch.ops.torchbp_images.on_gpu.default._op
 
 # What the kernel writes.
 FUSED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +88,9 @@ class BatchLoader:
         mean: mean of each channel, in units of [0, 1]; computed from `dataset` where None.
         std: standard deviation of each channel, likewise; a channel that is constant counts as 1.
         dtype: a floating dtype.
-        device: where batches are wanted. The data set stays where it is; bytes travel, not floats.
+        device: where batches are wanted. For a GPU the data set is copied there, in bytes, at the
+            first epoch, and again if it was changed in place; one kernel makes a batch. Otherwise
+            it stays where it is, and bytes travel, not floats.
         drop_last: leave out a last batch that is not full.
         seed: of order and augmentation.
         flatten: whether `x` is a matrix, as an MLP wants it.
@@ -158,6 +164,7 @@ class BatchLoader:
         if min(self.std) <= 0:
             raise ValueError(f"BatchLoader: std must be positive, got {list(self.std)}")
         self.epoch = 0
+        self._copy: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -237,6 +244,8 @@ class BatchLoader:
         """
         if self._is_on_cpu() and self.dtype in FUSED:
             return Opened(self, plan)
+        if self.device.type == "cuda" and self.dtype in FUSED and HAS_CUDA:
+            return self._reader_on_gpu(plan)
 
         size, flatten = self.batch_size, self.flatten
         scale, offset = self._affine()
@@ -250,6 +259,22 @@ class BatchLoader:
             x = torch.addcmul(offsets, x.to(wide), scales)
             x = self._augment(x, flip, shift).to(self.dtype)
             return (x.flatten(1) if flatten else x), target.to(self.device, copy=True)
+
+        return read
+
+    def _reader_on_gpu(self, plan: Plan) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+        """The same where data set and plan are on a GPU: one kernel a batch."""
+        if self._copy is None or self._copy[0] != self.images._version:
+            self._copy = self.images._version, self.images.to(self.device)
+        images, size, flatten = self._copy[1], self.batch_size, self.flatten
+        flip, shift = (None if t is None else t.to(self.device) for t in (plan.flip, plan.shift))
+        there = Plan(plan.order.to(self.device), flip, shift, plan.target.to(self.device))
+        affine = torch.tensor(self._affine(), dtype=torch.float64, device=self.device)
+
+        def read(begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+            order, flip, shift, target = there.of(slice(begin, begin + size))
+            x = _on_gpu(images, order, flip, shift, affine, self.dtype)
+            return (x.flatten(1) if flatten else x), target.clone()
 
         return read
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks torchbp on the GPU at hand: builds the extension for it and runs the tests marked gpu.
+# Checks torchbp on the GPU at hand: builds the extension for it, runs the tests marked gpu, and, where
+# compute-sanitizer is, those of float32 under its four tools.
 # Needs torch 2.11+ with CUDA, nvcc, a C++20 compiler, ninja, pybind11 and pytest; installs nothing
 # and needs no network. PYTHON= picks the interpreter; arguments go to pytest. The summary comes last.
 #
@@ -48,11 +49,32 @@ fi
 summary+=("built in $((SECONDS - started)) s")
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# What a step printed last, in one line.
+last_line() { tail -n 1 "$log" | tr -d '=' | sed 's/^ *//; s/ *$//'; }
+
 "$python" -m pytest -m gpu -p no:cacheprovider "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
-summary+=("$(tail -n 1 "$log" | tr -d '=' | sed 's/^ *//; s/ *$//')")
+summary+=("$(last_line)")
 case $status in
-    0) grep -q ' passed' <<<"${summary[-1]}" && finish passed || finish failed ;;
+    0) grep -q ' passed' <<<"${summary[-1]}" || finish failed ;;
     5) summary+=("no test is marked gpu") && finish failed ;;
     *) finish failed ;;
 esac
+
+# Each tool sees every allocation only if PyTorch's allocator keeps none. A minute for each: the
+# tests of one dtype, as a kernel takes tens of times as long.
+sanitizer=$(command -v compute-sanitizer)
+[ -n "$sanitizer" ] || summary+=("compute-sanitizer is not here: not run")
+failures=0
+for tool in ${sanitizer:+memcheck racecheck initcheck synccheck}; do
+    log=build/gpu_check_$tool.log
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        --target-processes all "$python" -m pytest -m gpu -p no:cacheprovider -q -x \
+        -k "test_forward_and_backward and float32 or optimizers and float32 or batches" >"$log" 2>&1
+    case $? in
+        0) summary+=("$tool: $(grep -E 'passed' "$log" | tail -n 1)") ;;
+        124) summary+=("$tool: unfinished after 90 s") ;;
+        *) summary+=("$tool: failed; all it printed: $log") && failures=1 ;;
+    esac
+done
+[ $failures = 0 ] && finish passed || finish failed

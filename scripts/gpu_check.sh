@@ -49,20 +49,17 @@ fi
 summary+=("built in $((SECONDS - started)) s")
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# What a step printed last, in one line.
-last_line() { tail -n 1 "$log" | tr -d '=' | sed 's/^ *//; s/ *$//'; }
-
 "$python" -m pytest -m gpu -p no:cacheprovider "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
-summary+=("$(last_line)")
+summary+=("$(tail -n 1 "$log" | tr -d '=' | sed 's/^ *//; s/ *$//')")
 case $status in
     0) grep -q ' passed' <<<"${summary[-1]}" || finish failed ;;
     5) summary+=("no test is marked gpu") && finish failed ;;
     *) finish failed ;;
 esac
 
-# Each tool sees every allocation only if PyTorch's allocator keeps none. A minute for each: the
-# tests of one dtype, as a kernel takes tens of times as long.
+# Each tool sees every allocation only if PyTorch's allocator keeps none. The tests of one
+# dtype, as a kernel takes tens of times as long.
 sanitizer=$(command -v compute-sanitizer)
 [ -n "$sanitizer" ] || summary+=("compute-sanitizer is not here: not run")
 failures=0

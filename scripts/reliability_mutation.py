@@ -72,6 +72,10 @@ EQUIVALENT: dict[str, str] = {
 _RAW = "tests/functions/test_raw.py"
 _TABLE = "tests/functions/test_table.py"
 _NOT_COMPILED = "not compile and not export and not inductor and not fresh"
+_IMAGES = [
+    ["tests/data/test_loader.py", "-k", "bad_arguments or opened"],
+    ["tests/data/test_loader.py"],
+]
 
 #: kind, or file of a mutant -> what is run, the fastest first, until something fails. Of the first
 #: of a row's, only what names the row.
@@ -98,10 +102,8 @@ STAGES: dict[str, list[list[str]]] = {
         ["tests/optim/test_optimizers.py", "-k", "refus"],
         ["tests/optim/test_optimizers.py", "-k", _NOT_COMPILED],
     ],
-    "csrc/cpu/images.cpp": [
-        ["tests/data/test_loader.py", "-k", "bad_arguments or opened"],
-        ["tests/data/test_loader.py"],
-    ],
+    "csrc/cpu/images.cpp": _IMAGES,
+    "csrc/images.h": _IMAGES,
     "csrc/handles.h": [
         ["tests/data/test_loader.py", "-k", "opened"],
         ["tests/optim/test_step.py", "-k", "closed or behind"],

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "../handles.h"
+#include "../images.h"
 #include "backend.h"
 #include "blocks.h"
 
@@ -27,37 +28,16 @@ Handles<const Images> opened(kOp);
 std::shared_ptr<const Images> images_of(int64_t number) { return opened.at(number); }
 
 Batch Images::rows(int64_t begin, int64_t end) const {
-  const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, Sizes shape) {
-    STD_TORCH_CHECK(t.scalar_type() == wanted, "torchbp::", kOp, ": ", name, " wants ScalarType ",
-                    static_cast<int>(wanted), ", got ", static_cast<int>(t.scalar_type()));
-    check_shape(kOp, name, t, shape);
-    check_device(kOp, name, t, images);
-  };
-  STD_TORCH_CHECK(images.dim() == 4, "torchbp::", kOp, ": images wants shape (N, C, H, W), got ", shape_text(images));
-  check("images", images, ScalarType::Byte, images.sizes());
-  STD_TORCH_CHECK(index.dim() == 1, "torchbp::", kOp, ": index wants shape (n), got ", shape_text(index));
-  check("index", index, ScalarType::Long, index.sizes());
-  Batch batch;
-  batch.n = size();
-  if (flip) check("flip", *flip, ScalarType::Byte, {batch.n});
-  if (shift) check("shift", *shift, ScalarType::Int, {batch.n, 2});
-  check("targets", targets, ScalarType::Long, {batch.n});
-  batch.channels = images.size(1);
-  batch.height = images.size(2);
-  batch.width = images.size(3);
+  Batch batch = describe_batch(images, index, flip, shift);
+  check_beside(images, "targets", targets, ScalarType::Long, {batch.n});
   STD_TORCH_CHECK(static_cast<int64_t>(scale.size()) == batch.channels && scale.size() == offset.size(),
                   "torchbp::", kOp, ": scale and offset want ", batch.channels, " numbers each, got ", scale.size(),
                   " and ", offset.size());
   STD_TORCH_CHECK(0 <= begin && begin <= end && end <= batch.n, "torchbp::", kOp, ": begin wants 0 to ", batch.n,
                   ", got ", begin);
-  batch.index = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t i = begin; i < end; ++i)
     STD_TORCH_CHECK(batch.index[i] >= 0 && batch.index[i] < images.size(0), "torchbp::", kOp, ": index[", i, "] is ",
                     batch.index[i], ", out of range for ", images.size(0), " images");
-  batch.images = static_cast<const uint8_t*>(images.const_data_ptr());
-  for (int d = 0; d < 4; ++d) batch.strides[d] = images.stride(d);
-  if (flip) batch.flip = static_cast<const uint8_t*>(flip->const_data_ptr());
-  if (shift) batch.shift = static_cast<const int32_t*>(shift->const_data_ptr());
   batch.scale = scale.data();
   batch.offset = offset.data();
   batch.dtype = dtype;
@@ -69,8 +49,7 @@ namespace {
 int64_t open(const Tensor& images, const Tensor& index, std::optional<Tensor> flip, std::optional<Tensor> shift,
              const Tensor& targets, std::vector<double> scale, std::vector<double> offset, ScalarType dtype,
              int64_t batch_size, bool flatten) {
-  STD_TORCH_CHECK(is_floating(dtype), "torchbp::", kOp, ": dtype wants float64, float32, bfloat16 or float16, got ",
-                  "ScalarType ", static_cast<int>(dtype));
+  check_dtype_of_batch(dtype);
   STD_TORCH_CHECK(batch_size >= 1, "torchbp::", kOp, ": batch_size wants at least 1, got ", batch_size);
   const auto all = std::make_shared<const Images>(Images{images, dense(index), dense_if_any(flip), dense_if_any(shift),
                                                          dense(targets), std::move(scale), std::move(offset), dtype,

@@ -8,8 +8,6 @@ namespace torchbp {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 // One element of every operand: in, apply, out. at(k) is the address of operand k, outputs first.
 template <class F, class T>
 struct Element {
@@ -31,13 +29,6 @@ struct Element {
 };
 
 // ---- contiguous --------------------------------------------------------------------------------------------------
-
-// 128 bits of a dtype: what one thread moves at a time.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T value[size];
-};
 
 template <class F>
 struct Pointers {

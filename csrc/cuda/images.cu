@@ -2,22 +2,12 @@
 #include <torch/csrc/stable/library.h>
 
 #define TORCHBP_LEVEL cuda
-#include "../batch.h"
-#include "../check.h"
+#include "../images.h"
 #include "launch.h"
 
 namespace torchbp {
 namespace cuda {
 namespace {
-
-constexpr const char* kOp = "images";
-constexpr int kThreads = 256;
-
-// What a thread writes at once.
-template <class T, int n>
-struct alignas(n * sizeof(T)) Pixels {
-  T value[n];
-};
 
 // Pixels `pack` at a time, which divides the width. An index beyond the `images` gives nan: nobody waits here to raise.
 template <class T, int pack>
@@ -33,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) fill(const __grid_constant__ Batch b
     const int64_t y = row_of_all % b.height - (b.shift ? b.shift[2 * i] : 0);
     const int64_t first = item % columns * pack - (b.shift ? b.shift[2 * i + 1] : 0);
     const C scale = static_cast<C>(b.scale[c]), offset = static_cast<C>(b.offset[c]);
-    Pixels<T, pack> pixels;
+    Pack<T, pack> pixels;
 #pragma unroll
     for (int k = 0; k < pack; ++k) {
       const int64_t x = flip ? b.width - 1 - (first + k) : first + k;
@@ -43,46 +33,24 @@ __global__ void __launch_bounds__(kThreads) fill(const __grid_constant__ Batch b
             b.images[image * b.strides[0] + c * b.strides[1] + y * b.strides[2] + x * b.strides[3]] * scale + offset;
       store(&pixels.value[k], value);
     }
-    static_cast<Pixels<T, pack>*>(b.out)[item] = pixels;
+    static_cast<Pack<T, pack>*>(b.out)[item] = pixels;
   }
 }
 
 // [n, C, H, W] of `dtype`: images[index] as byte * affine[0, c] + affine[1, c], mirrored and moved.
 Tensor batch(const Tensor& images, const Tensor& index_, std::optional<Tensor> flip_, std::optional<Tensor> shift_,
              const Tensor& affine_, ScalarType dtype) {
-  STD_TORCH_CHECK(images.dim() == 4, "torchbp::", kOp, ": images wants shape (N, C, H, W), got ", shape_text(images));
-  STD_TORCH_CHECK(index_.dim() == 1, "torchbp::", kOp, ": index wants shape (n), got ", shape_text(index_));
-  STD_TORCH_CHECK(is_floating(dtype), "torchbp::", kOp, ": dtype wants float64, float32, bfloat16 or float16, got ",
-                  "ScalarType ", static_cast<int>(dtype));
+  check_dtype_of_batch(dtype);
   const Tensor index = dense(index_), affine = dense(affine_);
   const auto flip = dense_if_any(flip_), shift = dense_if_any(shift_);
-  const auto check = [&](const char* name, const Tensor& t, ScalarType wanted, Sizes shape) {
-    STD_TORCH_CHECK(t.scalar_type() == wanted, "torchbp::", kOp, ": ", name, " wants ScalarType ",
-                    static_cast<int>(wanted), ", got ", static_cast<int>(t.scalar_type()));
-    check_shape(kOp, name, t, shape);
-    check_device(kOp, name, t, images);
-  };
-  Batch b;
-  b.n = index.size(0);
-  b.channels = images.size(1);
-  b.height = images.size(2);
-  b.width = images.size(3);
-  check("images", images, ScalarType::Byte, images.sizes());
-  check("index", index, ScalarType::Long, index.sizes());
-  if (flip) check("flip", *flip, ScalarType::Byte, {b.n});
-  if (shift) check("shift", *shift, ScalarType::Int, {b.n, 2});
-  check("affine", affine, ScalarType::Double, {2, b.channels});
-  for (int d = 0; d < 4; ++d) b.strides[d] = images.stride(d);
-  b.images = static_cast<const uint8_t*>(images.const_data_ptr());
-  b.index = static_cast<const int64_t*>(index.const_data_ptr());
-  if (flip) b.flip = static_cast<const uint8_t*>(flip->const_data_ptr());
-  if (shift) b.shift = static_cast<const int32_t*>(shift->const_data_ptr());
+  Batch b = describe_batch(images, index, flip, shift);
+  check_beside(images, "affine", affine, ScalarType::Double, {2, b.channels});
   b.scale = static_cast<const double*>(affine.const_data_ptr());
   b.offset = b.scale + b.channels;
   const Tensor out = empty({b.n, b.channels, b.height, b.width}, dtype, images);
   if (out.numel() == 0) return out;
   b.out = out.mutable_data_ptr();
-  const Launch launch(kOp, images.get_device_index());
+  const Launch launch("images", images.get_device_index());
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int pack = 4;

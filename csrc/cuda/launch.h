@@ -17,6 +17,15 @@
 
 namespace torchbp::cuda {
 
+constexpr int kThreads = 256;  // of a block, where nothing speaks for another number
+
+// What one thread moves at a time: 128 bits of a dtype, or another number of elements.
+template <class T, int n = 16 / sizeof(T)>
+struct alignas(n * sizeof(T)) Pack {
+  static constexpr int size = n;
+  T value[size];
+};
+
 // Blocks of `threads` threads for `items` pieces of work. A grid ends at 2^31 - 1 blocks; kernels step through the rest.
 inline unsigned blocks_for(int64_t items, int64_t threads) {
   const int64_t most = std::numeric_limits<int32_t>::max();

@@ -9,7 +9,6 @@ namespace torchbp {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // elements of a thread
 constexpr int64_t kShare = kThreads * kUnroll;
 

@@ -163,8 +163,6 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // ---- maxout ------------------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) maxout_forward(Maxout a) {
   const T* const all = static_cast<const T*>(a.z);

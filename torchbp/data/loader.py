@@ -247,34 +247,42 @@ class BatchLoader:
         if self.device.type == "cuda" and self.dtype in FUSED and HAS_CUDA:
             return self._reader_on_gpu(plan)
 
-        size, flatten = self.batch_size, self.flatten
         scale, offset = self._affine()
         wide = torch.promote_types(self.dtype, torch.float32)  # to compute in
         columns = torch.tensor([scale, offset], dtype=torch.float64).to(self.device, wide)
         scales, offsets = columns.view(2, -1, 1, 1)
 
-        def read(begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-            order, flip, shift, target = plan.of(slice(begin, begin + size))
-            x = self.images[order].to(self.device)
+        def fill(rows: Plan) -> torch.Tensor:
+            x = self.images[rows.order].to(self.device)
             x = torch.addcmul(offsets, x.to(wide), scales)
-            x = self._augment(x, flip, shift).to(self.dtype)
-            return (x.flatten(1) if flatten else x), target.to(self.device, copy=True)
+            return self._augment(x, rows.flip, rows.shift).to(self.dtype)
 
-        return read
+        return self._reader_by(fill, plan)
 
     def _reader_on_gpu(self, plan: Plan) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
         """The same where data set and plan are on a GPU: one kernel a batch."""
         if self._copy is None or self._copy[0] != self.images._version:
             self._copy = self.images._version, self.images.to(self.device)
-        images, size, flatten = self._copy[1], self.batch_size, self.flatten
+        images = self._copy[1]
         flip, shift = (None if t is None else t.to(self.device) for t in (plan.flip, plan.shift))
         there = Plan(plan.order.to(self.device), flip, shift, plan.target.to(self.device))
         affine = torch.tensor(self._affine(), dtype=torch.float64, device=self.device)
 
+        def fill(rows: Plan) -> torch.Tensor:
+            return _on_gpu(images, rows.order, rows.flip, rows.shift, affine, self.dtype)  # type: ignore[no-any-return]
+
+        return self._reader_by(fill, there)
+
+    def _reader_by(
+        self, fill: Callable[[Plan], torch.Tensor], plan: Plan
+    ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+        """A reader whose images [B, C, H, W] are made by `fill` from their part of the plan."""
+        size, flatten = self.batch_size, self.flatten
+
         def read(begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-            order, flip, shift, target = there.of(slice(begin, begin + size))
-            x = _on_gpu(images, order, flip, shift, affine, self.dtype)
-            return (x.flatten(1) if flatten else x), target.clone()
+            rows = plan.of(slice(begin, begin + size))
+            x = fill(rows)
+            return (x.flatten(1) if flatten else x), rows.target.to(self.device, copy=True)
 
         return read
 

@@ -45,30 +45,17 @@ uint64_t* of_warp();
 
 }  // namespace emulator
 
-struct ThreadIndex {
+// threadIdx and its like: x alone, read from the thread that runs.
+template <unsigned emulator::Place::* field>
+struct Index {
   struct X {
-    operator unsigned() const { return emulator::place().thread; }
+    operator unsigned() const { return emulator::place().*field; }
   } x;
 };
-struct BlockIndex {
-  struct X {
-    operator unsigned() const { return emulator::place().block; }
-  } x;
-};
-struct BlockSize {
-  struct X {
-    operator unsigned() const { return emulator::place().threads; }
-  } x;
-};
-struct GridSize {
-  struct X {
-    operator unsigned() const { return emulator::place().blocks; }
-  } x;
-};
-inline constexpr ThreadIndex threadIdx;
-inline constexpr BlockIndex blockIdx;
-inline constexpr BlockSize blockDim;
-inline constexpr GridSize gridDim;
+inline constexpr Index<&emulator::Place::thread> threadIdx;
+inline constexpr Index<&emulator::Place::block> blockIdx;
+inline constexpr Index<&emulator::Place::threads> blockDim;
+inline constexpr Index<&emulator::Place::blocks> gridDim;
 
 inline void __syncthreads() { emulator::wait_for_block(); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emulator::wait_for_warp(mask); }

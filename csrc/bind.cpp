@@ -11,7 +11,8 @@
 
 namespace torchbp {
 const char* cpu_level();
-}
+void empty_cache();
+}  // namespace torchbp
 
 namespace {
 
@@ -84,5 +85,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("rows", &rows, "The table of gates: one dict a row, column name -> text as it was compiled.");
   m.def("cpu_level", &torchbp::cpu_level, "The SIMD level in use: baseline, avx2 or avx512.");
   m.def("unchanged", &unchanged, "Whether container[key] is value for each (container, key, value).");
+  m.def("empty_cache", &torchbp::empty_cache, "Give the memory that is kept for results back to the system.");
   m.def("compiler", &compiler, "The C++ compiler that built the extension.");
 }

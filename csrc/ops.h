@@ -101,10 +101,27 @@ constexpr const char* name_of() {
   return kNames[static_cast<int>(kernel)];
 }
 
+// New tensors for results: contiguous, or like `t`, with its layout. Small ones are no matter of the backend's.
+constexpr int64_t kMany = 1 << 17;
+
+template <class Backend>
+Tensor result(Sizes sizes, ScalarType dtype, const Tensor& like) {
+  if constexpr (Backend::on_cpu) return Backend::empty_result(sizes, contiguous_strides(sizes).data(), dtype, like);
+  return empty(sizes, dtype, like);
+}
+
+template <class Backend>
+Tensor result_like(const Tensor& t) {
+  if constexpr (Backend::on_cpu)
+    if (t.numel() >= kMany && t.is_contiguous())
+      return Backend::empty_result(t.sizes(), t.strides().data(), t.scalar_type(), t);
+  return new_like(t);
+}
+
 template <class Backend, Kernel kernel>
 Tensor unary_with(const Tensor& x, double parameter) {
   check_floating(name_of<kernel>(), "x", x);
-  const Tensor y = new_like(x);
+  const Tensor y = result_like<Backend>(x);
   Backend::elementwise(kernel, make_loop({&y, &x}, parameter));
   return y;
 }
@@ -120,7 +137,7 @@ Tensor unary_backward_with(const Tensor& dy, const Tensor& saved, double paramet
   check_floating(name_of<kernel>(), "dy", dy);
   check_like(name_of<kernel>(), "saved", saved, dy);
   check_shape(name_of<kernel>(), "saved", saved, dy.sizes());
-  const Tensor dx = new_like(saved);
+  const Tensor dx = result_like<Backend>(saved);
   Backend::elementwise(kernel, make_loop({&dx, &dy, &saved}, parameter));
   return dx;
 }
@@ -149,12 +166,14 @@ Tensor binary(const Tensor& a, const Tensor& b) {
   const char* op = name_of<kernel>();
   check_floating(op, "a", a);
   check_like(op, "b", b, a);
-  const auto result = [&] {
-    if (same_shape(a, b)) return new_like(a);
+  const auto make = [&] {
+    if (same_shape(a, b)) return result_like<Backend>(a);
     const auto shape = broadcast_shape(op, a, b);
-    return has_shape(a, shape) ? new_like(a) : has_shape(b, shape) ? new_like(b) : empty(shape, a.scalar_type(), a);
+    if (has_shape(a, shape)) return result_like<Backend>(a);
+    if (has_shape(b, shape)) return result_like<Backend>(b);
+    return result<Backend>(shape, a.scalar_type(), a);
   };
-  const Tensor y = result();
+  const Tensor y = make();
   Backend::elementwise(kernel, make_loop({&y, &a, &b}));
   return y;
 }
@@ -170,8 +189,9 @@ inline Tensor reduce_to(const Tensor& full, const Tensor& input) {
   return torch::stable::reshape(sum, sizes_of(input));
 }
 
-inline Tensor gradient_buffer(const Tensor& dy, const Tensor& input) {
-  return same_shape(dy, input) ? new_like(input) : empty(sizes_of(dy), dy.scalar_type(), dy);
+template <class Backend>
+Tensor gradient_buffer(const Tensor& dy, const Tensor& input) {
+  return same_shape(dy, input) ? result_like<Backend>(input) : result<Backend>(dy.sizes(), dy.scalar_type(), dy);
 }
 
 inline void check_binary_backward(const char* op, const Tensor& dy, const Tensor& a, const Tensor& b) {
@@ -184,7 +204,7 @@ inline void check_binary_backward(const char* op, const Tensor& dy, const Tensor
 template <class Backend, Kernel kernel>
 std::tuple<Tensor, Tensor> binary_backward(const Tensor& dy, const Tensor& a, const Tensor& b) {
   check_binary_backward(name_of<kernel>(), dy, a, b);
-  const Tensor da = gradient_buffer(dy, a), db = gradient_buffer(dy, b);
+  const Tensor da = gradient_buffer<Backend>(dy, a), db = gradient_buffer<Backend>(dy, b);
   Backend::elementwise(kernel, make_loop({&da, &db, &dy, &a, &b}));
   return {reduce_to(da, a), reduce_to(db, b)};
 }
@@ -193,7 +213,7 @@ template <class Backend, Kernel kernel>
 Tensor binary_backward_one(const Tensor& dy, const Tensor& a, const Tensor& b) {
   check_binary_backward(name_of<kernel>(), dy, a, b);
   const Tensor& input = std::string_view(name_of<kernel>()).back() == 'a' ? a : b;
-  const Tensor gradient = gradient_buffer(dy, input);
+  const Tensor gradient = gradient_buffer<Backend>(dy, input);
   Backend::elementwise(kernel, make_loop({&gradient, &dy, &a, &b}));
   return reduce_to(gradient, input);
 }
@@ -222,7 +242,7 @@ inline Tensor affine(const Tensor& x, const Tensor& weight, const std::optional<
 template <class Backend>
 std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activation, double parameter) {
   if (!activation.any) return {z, nothing(z)};
-  const Tensor y = activation.saves_x ? new_like(z) : z;
+  const Tensor y = activation.saves_x ? result_like<Backend>(z) : z;
   Backend::elementwise(activation.forward, make_loop({&y, &z}, parameter));
   return {y, activation.saves_x ? z : nothing(z)};
 }
@@ -231,7 +251,7 @@ std::tuple<Tensor, Tensor> activate(const Tensor& z, const Activation& activatio
 template <class Backend>
 Tensor activate_backward(const Tensor& dy, const Tensor& saved, const Activation& activation, double parameter) {
   if (!activation.any) return dy;
-  const Tensor dz = new_like(saved);
+  const Tensor dz = result_like<Backend>(saved);
   Backend::elementwise(activation.backward, make_loop({&dz, &dy, &saved}, parameter));
   return dz;
 }
@@ -471,7 +491,7 @@ std::tuple<Tensor, Tensor> softmax_ce_with_gradient(const Tensor& input_, const 
   const Reduction reduction = reduction_of(reduction_);
   STD_TORCH_CHECK(reduction != Reduction::none, "torchbp::", op, ": reduction wants 1 (mean) or 2 (sum), got 0");
   SoftmaxCE ce = describe_softmax_ce(op, input, target, weight, ignore_index, label_smoothing);
-  const Tensor loss = empty({}, ce.dtype, input), dinput = empty({ce.n, ce.classes}, ce.dtype, input);
+  const Tensor loss = empty({}, ce.dtype, input), dinput = result<Backend>({ce.n, ce.classes}, ce.dtype, input);
   double total;  // room for either compute dtype
   ce.grad_input = dinput.mutable_data_ptr();
   Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), &total);
@@ -499,8 +519,8 @@ std::tuple<Tensor, Tensor> softmax_ce_backward(const Tensor& dloss, const Tensor
                       total.numel() == 1,
                   "torchbp::", op, ": lse and total want what softmax_ce returned");
   STD_TORCH_CHECK(!(need_target && !ce.soft), "torchbp::", op, ": class indices have no gradient");
-  const Tensor dinput = need_input ? empty({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
-  const Tensor dtarget = need_target ? empty({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
+  const Tensor dinput = need_input ? result<Backend>({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
+  const Tensor dtarget = need_target ? result<Backend>({ce.n, ce.classes}, ce.dtype, input) : nothing(input);
   ce.lse = lse.mutable_data_ptr();
   ce.total = total.const_data_ptr();
   ce.grad = grad.const_data_ptr();
@@ -527,7 +547,7 @@ std::tuple<Tensor, Tensor> max_pieces(const Tensor& z_) {
   maxout.out = shape.back();
   maxout.pieces = shape[shape.size() - 2];
   shape.erase(shape.end() - 2);
-  const Tensor y = empty(shape, maxout.dtype, z), index = empty(shape, ScalarType::Byte, z);
+  const Tensor y = result<Backend>(shape, maxout.dtype, z), index = empty(shape, ScalarType::Byte, z);
   maxout.n = maxout.out == 0 ? 0 : y.numel() / maxout.out;
   maxout.z = z.const_data_ptr();
   maxout.y = y.mutable_data_ptr();
@@ -554,7 +574,7 @@ Tensor max_pieces_backward(const Tensor& dy_, const Tensor& index_, int64_t piec
   maxout.pieces = pieces;
   maxout.n = maxout.out == 0 ? 0 : dy.numel() / maxout.out;
   shape.insert(shape.end() - 1, pieces);
-  const Tensor dz = empty(shape, maxout.dtype, dy);
+  const Tensor dz = result<Backend>(shape, maxout.dtype, dy);
   maxout.grad_y = dy.const_data_ptr();
   maxout.index = static_cast<uint8_t*>(index.mutable_data_ptr());
   maxout.grad_z = dz.mutable_data_ptr();

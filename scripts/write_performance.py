@@ -47,11 +47,10 @@ REASONS = {
         machine moves its cores from one state to the other and back within a minute: in the second
         a team takes twice as long as in the first, longer than one thread, and steps run alone
         (`on_team_in_rounds` tries which is faster).""",
-    "relu_16M": """Both results are fresh memory, which the system fills with zeros before we see
-        it: a pass of writing that no kernel can avoid and the floor does not hold. Stores past the
-        caches gained nothing on huge pages.""",
-    "sigmoid_16M": """Both results are fresh memory, which the system fills with zeros before we see
-        it; the exponentials hide behind that. PyTorch's time varies by a third from run to run.""",
+    "relu_16M": """Memory is kept from call to call and written past the caches, so that what is
+        left is the machine's bandwidth and the engine; PyTorch's time, mostly that of fresh memory,
+        varies by a third from run to run.""",
+    "sigmoid_16M": """As `relu_16M`: the exponentials hide behind the memory.""",
     "linear_relu_f32": """The three products take the floor of {floor} at the rate of PyTorch's own
         large product, of our {ours}: at that rate alone, with bias, activation and sums for
         nothing, the ratio would be {at_floor}. An eighth of the time is spent on copies of blocks

@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import functional, functions, graph, nn, optim, testing
 from .convert import convert
 from .functions.table import ROWS, cpu_level
+from .memory import empty_cache
 from .optim import compile_step
 from .version import __version__
 
@@ -19,6 +20,7 @@ __all__ = [
     "compile_step",
     "convert",
     "cpu_level",
+    "empty_cache",
     "functional",
     "functions",
     "graph",

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "blocks.h"
 #include "levels.h"
 #include "threads.h"
 
@@ -52,16 +53,27 @@ void expect_large([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #endif
 }
 
-// One column over one strided run of n elements. What is not a contiguous array of the compute dtype passes through a
-// buffer that stays in L1.
-void run_column(ColumnFunction column, Arity arity, const Loop& loop, char* const* data, int64_t n) {
+// After which what went past the caches is seen by other threads.
+void fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// An output of so many bytes goes past the caches, which it would not fit: a line is then written without having been
+// read.
+constexpr int64_t kStreamed = 32 << 20;
+
+// One column over one strided run of n elements. What is not a contiguous array of the compute dtype, or is to go past
+// the caches, passes through a buffer that stays in L1.
+void run_column(ColumnFunction column, Arity arity, const Loop& loop, char* const* data, int64_t n, bool streams) {
   constexpr int64_t block = 512;
   const DtypeIndex dtype = dtype_index(loop.dtype), compute = compute_index(dtype);
   const int64_t size = element_size(compute);
   const int operands = arity.outputs + arity.inputs;
   bool direct[kMaxOperands], all_direct = true;
   for (int k = 0; k < operands; ++k) {
-    direct[k] = dtype == compute && loop.strides[k][0] == size;
+    direct[k] = dtype == compute && loop.strides[k][0] == size && !(streams && k < arity.outputs);
     all_direct &= direct[k];
   }
   if (all_direct) {
@@ -81,8 +93,11 @@ void run_column(ColumnFunction column, Arity arity, const Loop& loop, char* cons
       if (input && !direct[k] && !already_there) level().load[dtype](buffer[k], here, stride, m);
     }
     column(pointer, pointer + arity.outputs, m, loop.parameter);
-    for (int k = 0; k < arity.outputs; ++k)
-      if (!direct[k]) level().store[dtype](data[k] + begin * loop.strides[k][0], loop.strides[k][0], buffer[k], m);
+    for (int k = 0; k < arity.outputs; ++k) {
+      if (direct[k]) continue;
+      const auto store = streams ? level().stream[dtype] : level().store[dtype];
+      store(data[k] + begin * loop.strides[k][0], loop.strides[k][0], buffer[k], m);
+    }
   }
 }
 
@@ -115,11 +130,16 @@ const Level& level() {
 
 const char* cpu_level() { return level().name; }
 
+Tensor Cpu::empty_result(Sizes sizes, const int64_t* strides, ScalarType dtype, const Tensor& like) {
+  return empty_in_block(sizes, strides, dtype, like, 1 << 20);
+}
+
 void Cpu::elementwise(Kernel kernel, const Loop& loop) {
   const ColumnFunction column = level().column[static_cast<int>(kernel)][compute_index(dtype_index(loop.dtype))];
   const Arity arity = kArity[static_cast<int>(kernel)];
   for (int k = 0; k < arity.outputs; ++k)
     expect_large(loop.data[k], loop.numel * element_size(dtype_index(loop.dtype)));
+  const bool streams = loop.numel * element_size(dtype_index(loop.dtype)) >= kStreamed;
   for_ranges(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
     // The position of `begin`, then run after run along the innermost dimension.
     int64_t position[kMaxDims];
@@ -133,7 +153,7 @@ void Cpu::elementwise(Kernel kernel, const Loop& loop) {
     }
     for (int64_t i = begin; i < end;) {
       const int64_t n = std::min(end - i, loop.sizes[0] - position[0]);
-      run_column(column, arity, loop, data, n);
+      run_column(column, arity, loop, data, n, streams);
       i += n;
       for (int k = 0; k < loop.operands; ++k) data[k] += n * loop.strides[k][0];
       position[0] += n;
@@ -143,6 +163,7 @@ void Cpu::elementwise(Kernel kernel, const Loop& loop) {
         for (int k = 0; k < loop.operands; ++k) data[k] += loop.strides[k][d + 1] - loop.sizes[d] * loop.strides[k][d];
       }
     }
+    if (streams) fence();
   });
 }
 

@@ -18,6 +18,10 @@ namespace torchbp {
 struct Cpu {
   using Tensor = torch::stable::Tensor;
 
+  // Memory for a result: from 1 MiB on it is kept for the next of its size (blocks.h).
+  static Tensor empty_result(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides, ScalarType dtype,
+                             const Tensor& like);
+
   static void elementwise(Kernel kernel, const Loop& loop);
 
   // loss [n] (reduction none) or one number, in the dtype of the input; total, in the compute dtype, what a mean was

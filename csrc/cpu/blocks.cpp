@@ -1,8 +1,10 @@
 // The blocks of empty_in_block.
 //
-// With glibc 2.36, in some processes (what else lies on the heap decides) every batch is at the end of the heap, which is
-// given back to the system each time: a fault for each of its pages, 7 times the work of the batch itself. Before 2.38
-// glibc searched freed memory for an aligned block of the same size in vain, which would explain it.
+// A loop asks for the same sizes again and again. From 32 MiB on glibc maps each block afresh, and the system fills it
+// with zeros before anybody writes to it: of relu of 64 MiB, forward and backward, that was 7 of 17 ms. Below that it
+// hands out what has left the caches before what was freed last (1.5 times the time for 4 MiB), and what is at the end of
+// the heap, as with glibc 2.36 every batch of a loader is in some processes, is given back to the system each time. So
+// what is freed is kept here, as PyTorch's own allocator keeps it on a GPU.
 #include "blocks.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -16,16 +18,28 @@
 namespace torchbp {
 namespace {
 
-constexpr size_t kLine = 64;                            // what data is aligned to; its size stands in one before it
-constexpr size_t kLeast = 128 << 10, kMost = 32 << 20;  // bytes of a block; malloc does well by the others
-constexpr size_t kIdle = 64 << 20, kIdleBlocks = 4;     // kept at most: bytes, and blocks
+constexpr size_t kMiB = 1 << 20;
+constexpr size_t kLine = 64;            // what data is aligned to; its size stands in the one before it
+constexpr size_t kHugePage = 2 * kMiB;  // what blocks of many begin at, for the sake of expect_large (backend.cpp)
+constexpr size_t kMostBlocks = 64;
+
+// What is kept at most. A block that is larger never is.
+size_t most_bytes() {
+  static const size_t bytes = [] {
+    const char* const mebibytes = std::getenv("TORCHBP_CACHE_MIB");
+    return (mebibytes ? std::strtoull(mebibytes, nullptr, 10) : 256) * kMiB;
+  }();
+  return bytes;
+}
 
 size_t& size_of(char* data) { return *reinterpret_cast<size_t*>(data - kLine); }
 
+// Blocks that nobody uses, the oldest first.
 class Idle {
 public:
-  Idle() { blocks_.reserve(kIdleBlocks + 1); }  // so that give does not throw, which frees a tensor
+  Idle() { blocks_.reserve(kMostBlocks + 1); }  // so that give does not throw, which frees a tensor
 
+  // The block of a size that was given last: caches may still hold it.
   char* take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -33,7 +47,8 @@ public:
         if (size_of(blocks_[i]) == bytes) return remove(i);
       }
     }
-    void* const memory = std::aligned_alloc(kLine, (kLine + bytes + kLine - 1) / kLine * kLine);
+    const size_t alignment = bytes < 16 * kHugePage ? kLine : kHugePage;
+    void* const memory = std::aligned_alloc(alignment, (kLine + bytes + alignment - 1) / alignment * alignment);
     if (!memory) return nullptr;
     char* const data = static_cast<char*>(memory) + kLine;
     size_of(data) = bytes;
@@ -41,13 +56,24 @@ public:
   }
 
   void give(char* data) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    blocks_.push_back(data);
-    bytes_ += size_of(data);
-    while (blocks_.size() > kIdleBlocks || bytes_ > kIdle) std::free(remove(0) - kLine);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      blocks_.push_back(data);
+      bytes_ += size_of(data);
+    }
+    keep_at_most(most_bytes(), kMostBlocks);
+  }
+
+  void keep_at_most(size_t bytes, size_t blocks) {
+    while (char* const data = surplus(bytes, blocks)) std::free(data - kLine);
   }
 
 private:
+  char* surplus(size_t bytes, size_t blocks) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return blocks_.size() > blocks || bytes_ > bytes ? remove(0) : nullptr;
+  }
+
   char* remove(size_t i) {
     char* const data = blocks_[i];
     blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -56,7 +82,7 @@ private:
   }
 
   std::mutex mutex_;
-  std::vector<char*> blocks_;  // the oldest first
+  std::vector<char*> blocks_;
   size_t bytes_ = 0;
 };
 
@@ -68,16 +94,18 @@ Idle& idle() {
 
 }  // namespace
 
-Tensor empty_in_block(Sizes sizes, ScalarType dtype, const Tensor& like) {
+Tensor empty_in_block(Sizes sizes, const int64_t* strides, ScalarType dtype, const Tensor& like, size_t least) {
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
   const size_t bytes = static_cast<size_t>(numel * element_size(dtype_index(dtype)));
-  char* const block = bytes < kLeast || bytes > kMost ? nullptr : idle().take(bytes);
-  if (!block) return empty(sizes, dtype, like);  // which says so if there is no memory
-  const auto strides = contiguous_strides(sizes);
-  return torch::stable::from_blob(block, sizes, {strides.data(), sizes.size()},
+  char* const block = bytes < least || bytes > most_bytes() ? nullptr : idle().take(bytes);
+  if (!block)  // which says so if there is no memory
+    return empty_strided(sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like);
+  return torch::stable::from_blob(block, sizes, {strides, sizes.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   [](void* data) { idle().give(static_cast<char*>(data)); });
 }
+
+void empty_cache() { idle().keep_at_most(0, 0); }
 
 }  // namespace torchbp

@@ -65,9 +65,10 @@ std::tuple<Tensor, Tensor> batch(int64_t number, int64_t begin) {
   Batch rows = all->rows(begin, end);
   const Tensor target = empty({rows.n}, ScalarType::Long, all->targets);
   std::copy_n(all->target() + begin, rows.n, static_cast<int64_t*>(target.mutable_data_ptr()));
-  const Tensor out = all->flatten
-                         ? empty_in_block({rows.n, rows.channels * rows.height * rows.width}, all->dtype, all->images)
-                         : empty_in_block({rows.n, rows.channels, rows.height, rows.width}, all->dtype, all->images);
+  const std::vector<int64_t> shape = all->flatten
+                                         ? std::vector<int64_t>{rows.n, rows.channels * rows.height * rows.width}
+                                         : std::vector<int64_t>{rows.n, rows.channels, rows.height, rows.width};
+  const Tensor out = empty_in_block(shape, contiguous_strides(shape).data(), all->dtype, all->images, 128 << 10);
   if (out.numel() > 0) {
     rows.out = out.mutable_data_ptr();
     Cpu::batch(rows);

@@ -66,6 +66,39 @@ void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
   }
 }
 
+// A whole vector, aligned, to memory past the caches.
+TORCHBP_INLINE void stream_vector(void* to, const void* from) {
+  const Vector v = load_vector(static_cast<const float*>(from));
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, static_cast<Vector*>(to));
+#elif !defined(__x86_64__)
+  *static_cast<Vector*>(to) = v;
+#elif TORCHBP_VECTOR == 64
+  __builtin_ia32_movntps512(static_cast<float*>(to), v);
+#elif TORCHBP_VECTOR == 32
+  __builtin_ia32_movntps256(static_cast<float*>(to), v);
+#else
+  __builtin_ia32_movntps(static_cast<float*>(to), v);
+#endif
+}
+
+template <class T>
+void stream_strided(char* to, int64_t stride, const void* from, int64_t n) {
+  if (stride != sizeof(T)) return store_strided<T>(to, stride, from, n);
+  constexpr int64_t lanes = TORCHBP_VECTOR / sizeof(T);
+  const auto* const x = static_cast<const Compute<T>*>(from);
+  T* const y = reinterpret_cast<T*>(to);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % TORCHBP_VECTOR / sizeof(T);
+  int64_t i = std::min(n, (lanes - misaligned) % lanes);
+  store_n(y, x, i);
+  for (; i + lanes <= n; i += lanes) {
+    alignas(TORCHBP_VECTOR) T rounded[lanes];
+    store_n(rounded, x + i, lanes);
+    stream_vector(y + i, rounded);
+  }
+  store_n(y + i, x + i, n - i);
+}
+
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
 
 // What rows of class indices count: 1 or the weight of the class, 0 where ignored. Sets bad_row to a row whose index is
@@ -241,6 +274,7 @@ template <class T>
 void fill_dtype(Level& level, DtypeIndex dtype) {
   level.load[dtype] = load_strided<T>;
   level.store[dtype] = store_strided<T>;
+  level.stream[dtype] = stream_strided<T>;
   level.softmax_ce_count[dtype] = softmax_ce_count<T>;
   level.softmax_ce_forward[dtype] = softmax_ce_forward<T>;
   level.softmax_ce_backward[dtype] = softmax_ce_backward<T>;

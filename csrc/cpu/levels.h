@@ -56,6 +56,7 @@ struct Level {
   ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
   LoadFunction load[kDtypes];
   StoreFunction store[kDtypes];
+  StoreFunction stream[kDtypes];  // the same, past the caches where that can be
   double (*softmax_ce_count[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end, int64_t& bad_row);
   double (*softmax_ce_forward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);

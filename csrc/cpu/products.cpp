@@ -24,12 +24,13 @@ Matrix matrix_of(const Tensor& t) { return {floats_of(t), t.stride(0), t.stride(
 Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.stride(0) == 1 ? t : dense(t); }
 
 Tensor empty_matrix(int64_t rows, int64_t columns, const Tensor& like) {
-  return empty({rows, columns}, ScalarType::Float, like);
+  const int64_t strides[] = {columns, 1};
+  return Cpu::empty_result({rows, columns}, strides, ScalarType::Float, like);
 }
 
 Tensor empty_feature_major(int64_t n, int64_t features, const Tensor& like) {
   const int64_t strides[] = {1, n};
-  return empty_strided({n, features}, strides, aoti_torch_dtype_float32(), like);
+  return Cpu::empty_result({n, features}, strides, ScalarType::Float, like);
 }
 
 Network network_of(const Tensor& x, const std::vector<Tensor>& weights, const Activation& f, double parameter) {

@@ -37,7 +37,8 @@ def test_level(level: str) -> None:
     tests = ["tests/test_functional.py", "tests/cpu/test_math.py", "tests/cpu/test_products.py"]
     tests += ["tests/data/test_loader.py", "tests/functions/test_softmax_ce.py::" + EXPONENTIALS]
     which = "forward_and_backward or special_values or layouts_that_differ or test_math"
-    which += " or threads or test_products or kernel or " + EXPONENTIALS
+    tests.append("tests/cpu/test_blocks.py")
+    which += " or threads or test_products or kernel or streamed or " + EXPONENTIALS
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which]
     result = run_python("-m", "pytest", *options, *tests, level=level)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

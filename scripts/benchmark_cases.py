@@ -111,7 +111,7 @@ class Case:
 
 def array(value: Any) -> npt.NDArray[Any]:
     """A tensor of PyTorch or JAX in float32, copied to NumPy's."""
-    value = value.detach().float() if isinstance(value, Tensor) else value
+    value = value.detach().float().cpu() if isinstance(value, Tensor) else value
     return np.asarray(value).astype(np.float32)
 
 
@@ -119,7 +119,7 @@ def in_jax(tensor: Tensor) -> Any:
     """A tensor as JAX's, copied; int64 becomes int32, which is what JAX counts in."""
     import jax.numpy as jnp
 
-    tensor = tensor.detach()
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return jnp.array(tensor.float().numpy(), jnp.bfloat16)
     return jnp.array(tensor.int().numpy() if tensor.dtype == torch.int64 else tensor.numpy())
@@ -393,11 +393,14 @@ def network(sizes: Sequence[int]) -> nn.Sequential:
 class Training:
     """A model with its optimizer, trained by steps through autograd.
 
+    Args:
+        mode: torch.compile's, where it is the library.
+
     Attributes:
         step: one step (x, target, mark) -> loss.
     """
 
-    def __init__(self, sizes: Sequence[int], library: str) -> None:
+    def __init__(self, sizes: Sequence[int], library: str, mode: str | None = None) -> None:
         sequential = network(sizes)
         self.model: nn.Module = sequential
         self.criterion: nn.Module = nn.CrossEntropyLoss()
@@ -410,7 +413,9 @@ class Training:
         self.start = copy.deepcopy(list(self.model.parameters()))
         self.step = self._step
         if library == COMPILE:
-            self.loss = torch.compile(lambda x, target: self.criterion(self.model(x), target))
+            self.loss = torch.compile(
+                lambda x, target: self.criterion(self.model(x), target), mode=mode
+            )
             self.update = torch.compile(self.optimizer.step)
             self.step = self._compiled_step
 
@@ -459,8 +464,10 @@ class Training:
         }
 
 
-def autograd_steps(sizes: Sequence[int], batches: Batches, library: str) -> Contestant:
-    training = Training(sizes, library)
+def autograd_steps(
+    sizes: Sequence[int], batches: Batches, library: str, mode: str | None = None
+) -> Contestant:
+    training = Training(sizes, library, mode)
     compared = batches * COMPARED if len(batches) == 1 else batches
 
     def run(mark: Mark) -> None:

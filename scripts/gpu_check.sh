@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Checks torchbp on the GPU at hand: builds the extension for it, runs the tests marked gpu, and, where
-# compute-sanitizer is, those of float32 under its four tools.
-# Needs torch 2.11+ with CUDA, nvcc, a C++20 compiler, ninja, pybind11 and pytest; installs nothing
-# and needs no network. PYTHON= picks the interpreter; arguments go to pytest. The summary comes last.
+# Checks torchbp on the GPU at hand, in less than 8 minutes: builds the extension for it, runs the
+# tests marked gpu and the benchmark, and, where compute-sanitizer is, the tests of float32 under its
+# four tools. Needs torch 2.11+ with CUDA, nvcc, a C++20 compiler, ninja, pybind11, pytest and what
+# torchbp itself needs; installs nothing and needs no network. PYTHON= picks the interpreter;
+# arguments go to pytest. The summary comes last, with the benchmark's table.
 #
 #     scripts/gpu_check.sh [-k relu]
 set -uo pipefail
@@ -11,9 +12,12 @@ python=${PYTHON:-$(command -v python3 || command -v python)}
 export PATH="$(dirname "$python"):$PATH"  # where a virtual environment keeps ninja
 mkdir -p build
 log=build/gpu_check.log
+times=build/gpu_check_times.txt
 summary=()
+rm -f "$times"
 
 finish() {
+    [ -s "$times" ] && cat "$times"
     echo
     echo "== torchbp on the GPU: $1"
     printf '   %s\n' "${summary[@]}"
@@ -58,19 +62,34 @@ case $status in
     *) finish failed ;;
 esac
 
-# Each tool sees every allocation only if PyTorch's allocator keeps none. The tests of one
-# dtype, as a kernel takes tens of times as long.
+failures=0
+log=build/gpu_check_benchmark.log
+timeout 200 "$python" scripts/benchmark_gpu.py --seconds 1 --json build/benchmark_gpu.json >"$times" 2>"$log"
+case $? in
+    0) summary+=("benchmark: build/benchmark_gpu.json") ;;
+    124) summary+=("benchmark: unfinished after 200 s") ;;
+    *) summary+=("benchmark: $(tail -n 1 "$log")") && failures=1 ;;
+esac
+
+# Each tool sees every allocation only if PyTorch's allocator keeps none. The tests of one dtype, as a
+# kernel takes tens of times as long; all tools at once.
 sanitizer=$(command -v compute-sanitizer)
 [ -n "$sanitizer" ] || summary+=("compute-sanitizer is not here: not run")
-failures=0
-for tool in ${sanitizer:+memcheck racecheck initcheck synccheck}; do
+tools=(${sanitizer:+memcheck racecheck initcheck synccheck})
+for tool in "${tools[@]}"; do
+    {
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+            --target-processes all "$python" -m pytest -m gpu -p no:cacheprovider -q -x \
+            -k "test_forward_and_backward and float32 or optimizers and float32 or batches"
+        echo "exit $?"
+    } >"build/gpu_check_$tool.log" 2>&1 &
+done
+wait
+for tool in "${tools[@]}"; do
     log=build/gpu_check_$tool.log
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --target-processes all "$python" -m pytest -m gpu -p no:cacheprovider -q -x \
-        -k "test_forward_and_backward and float32 or optimizers and float32 or batches" >"$log" 2>&1
-    case $? in
-        0) summary+=("$tool: $(grep -E 'passed' "$log" | tail -n 1)") ;;
-        124) summary+=("$tool: unfinished after 90 s") ;;
+    case $(tail -n 1 "$log") in
+        "exit 0") summary+=("$tool: $(grep -E 'passed' "$log" | tail -n 1)") ;;
+        "exit 124") summary+=("$tool: unfinished after 90 s") ;;
         *) summary+=("$tool: failed; all it printed: $log") && failures=1 ;;
     esac
 done

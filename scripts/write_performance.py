@@ -36,9 +36,11 @@ Result = dict[str, Any]
 REASONS = {
     "ce_8192x10": """Functions that compute nothing take {empty} of our {ours}, so that about
         {possible} would be the most that kernels without cost could reach, and {reachable} kernels
-        that take no longer than to copy their bytes ({floor}). The kernel itself is one
-        pass over rows in SIMD lanes; half of it is the transposition to lanes and back. Compiled
-        for ten classes alone it gained a tenth.""",
+        that take no longer than to copy their bytes ({floor}). The kernel itself is one pass over
+        rows in SIMD lanes. Of its time on AVX-512 a quarter is exponentials and two fifths are the
+        way to lanes and back: not so much the shuffles as that a row of ten numbers is written in
+        three stores of 16 bytes, of which a cycle takes one. Fewer or more rows in a block, and
+        fetching its lines ahead, gained nothing.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
         that a third of the traffic is lines fetched to be overwritten; the floor's copy fits. The
         ratio follows PyTorch's time, which varies more from run to run than ours.""",

@@ -10,6 +10,15 @@ constexpr float kRoots[] = {1.f,         1.04427378f, 1.09050773f, 1.13878863f, 
                             1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                             1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
 
+// Whether exp_to_one_of has a vector of roots to choose from. No other compiler than GCC has a shuffle by a vector.
+#if defined(__clang__)
+template <class C>
+constexpr bool kHasRoots = false;
+#else
+template <class C>
+constexpr bool kHasRoots = std::is_same_v<C, float> && TORCHBP_VECTOR / sizeof(C) >= 8;
+#endif
+
 // As exp_to_one of math.h, in fewer steps where a vector holds n = 8 or 16 numbers: x = (k + i / n) ln 2 + r, and
 // 2^(i/n) comes from a vector of these numbers, so that |r| <= ln 2 / 2n leaves a shorter series.
 template <class C, class Vector>
@@ -17,8 +26,8 @@ TORCHBP_INLINE Vector exp_to_one_of(Vector x) {
   using R = Reduce<C>;
   constexpr int n = TORCHBP_VECTOR / sizeof(C);
   Vector y;
-#if !defined(__clang__)  // which has no shuffle by a vector
-  if constexpr (std::is_same_v<C, float> && n >= 8) {
+#if !defined(__clang__)
+  if constexpr (kHasRoots<C>) {
     typedef uint32_t Bits __attribute__((vector_size(TORCHBP_VECTOR)));
     // To a multiple of 1 / n, whose bits end in those of k n + i. Shifted up to the exponent, i stands below it, and is
     // taken off the root that it chooses.

@@ -132,16 +132,21 @@ template <class Lanes>
 double few_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   Lanes block(a);
   typename Lanes::Vector lost;
-  double sums[Lanes::lanes] = {};
+  const bool each = block.has_soft || a.weight || a.loss || a.lse;
+  double sums[Lanes::width] = {};
   for (int64_t i = begin; i < end; i += Lanes::lanes) {
     block.read(i, std::min<int64_t>(Lanes::lanes, end - i));
     block.exponentials();
-    block.logarithms();
-    block.loss(lost);
-    for (int k = 0; k < Lanes::lanes; ++k) sums[k] += lost.numbers()[k];
-    if (a.loss) block.write_loss(lost);
-    if (a.lse) block.write_lse();
     if (a.grad_input) block.gradient();
+    if (each) {  // the logarithms last, as nothing waits for them
+      block.logarithms();
+      block.loss(lost);
+      block.add_to(sums, lost);
+      if (a.loss) block.write_loss(lost);
+      if (a.lse) block.write_lse();
+    } else {
+      block.add_plain_losses(sums);
+    }
   }
   double sum = 0;
   for (const double s : sums) sum += s;

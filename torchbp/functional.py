@@ -17,6 +17,7 @@ from torch import Tensor
 from . import functions
 from .functions import check
 from .functions.gate import any_autocast, call
+from .functions.mlp import mlp_output
 from .functions.softmax_ce import check_target, softmax_ce_loss
 
 __all__ = [
@@ -369,16 +370,14 @@ def mlp(
         torch.Size([5, 2])
     """
     biases = () if biases is None else biases
-    for argument, value in (("weights", weights), ("biases", biases)):
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(
-                f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}"
-            )
+    if not (isinstance(weights, (list, tuple)) and isinstance(biases, (list, tuple))):
+        first = isinstance(weights, (list, tuple))
+        argument, value = ("biases", biases) if first else ("weights", weights)
+        raise TypeError(f"mlp: {argument} wants a list of torch.Tensor, got {type(value).__name__}")
     if any_autocast():
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    y: Tensor = call(functions.MLP, x, len(weights), activation, *weights, *biases)[0]
-    return y
+    return mlp_output(x, len(weights), activation, *weights, *biases)
 
 
 def l2_penalty(tensors: Tensor | Sequence[Tensor]) -> Tensor:

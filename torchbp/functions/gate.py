@@ -7,7 +7,8 @@ A Function of torchbp has `forward`, `setup_context`, `backward` and `jvp`; this
 * `backward_of`, the Function that a unary row's gradient column is, differentiable again;
 * `TwoInputs`, the gradients of a two-input row, each in the shape of its input;
 * `call`, through which torchbp.functional applies a Function under eager PyTorch, torch.func and
-  torch.compile alike.
+  torch.compile alike;
+* `plain` and `eager`, for a Function that takes a Gate's place where none of these is at work.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .table import ROWS, Row
 
 __all__ = [
     "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
-    "call", "fast_backward", "is_traced", "raw", "save", "sum_to", "unused",
+    "call", "eager", "fast_backward", "is_traced", "plain", "raw",
+    "requires_grad", "save", "sum_to", "unused",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -38,6 +40,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _JVP = torch._C._functorch.TransformType.Jvp
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
+
+#: What bad input raises somewhere below, of which `check` says better what is wrong.
+_REFUSALS = RuntimeError, TypeError, LookupError, AttributeError, OverflowError
 
 
 def _keys(*names: str) -> torch._C.DispatchKeySet:
@@ -217,9 +222,7 @@ class Gate(Function):
             del cls.jvp
             cls._twin = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
             cls._twin.jvp = staticmethod(jvp)  # type: ignore[method-assign]
-            # A node of the graph calls backward itself, not what looks for a vjp at every call.
-            cls._twin._backward_cls.apply = cls.backward  # type: ignore[attr-defined]
-        cls._record = super(Function, cls._twin).apply  # type: ignore[misc]
+        cls._record = _recorder(cls._twin)
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
@@ -236,13 +239,58 @@ class Gate(Function):
             missing = cls._inputs - len(args)
             if missing > 0:
                 args += cls._defaults[len(cls._defaults) - missing :]
-            if forward_ad._current_level >= 0 or (_grad_enabled() and _requires_grad(args)):
+            if forward_ad._current_level >= 0 or (_grad_enabled() and requires_grad(args)):
                 return cls._record(*args)
             return cls.forward(*args)
-        except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
-            if not kwargs and not any(map(_stands_in, args)):
-                cls.check(*args)  # says it better, if it is the input that is bad
+        except _REFUSALS:
+            if not kwargs:
+                cls._explain(args)
             raise
+
+    @classmethod
+    def _explain(cls, args: tuple[Any, ...]) -> None:
+        """Raise what `check` finds wrong with arguments that something below refused."""
+        if not any(map(_stands_in, args)):
+            cls.check(*args)
+
+
+def _recorder(function: type[Function]) -> Callable[..., Any]:
+    """What runs a Function's forward and records it, which is all that PyTorch's `apply` has to do
+    where no transform is active."""
+    # A node of the graph calls backward itself, not what looks for a vjp at every call.
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return super(Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def plain() -> bool:
+    """Whether a Function is recorded for backward and for nothing else, if an input requires grad:
+    nothing traces, transforms or differentiates in forward mode."""
+    return (
+        not (is_traced() or _functorch_active() or forward_ad._current_level >= 0)
+        and _grad_enabled()
+    )
+
+
+def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
+    """`apply` of a Function that takes a Gate's place where the mode is `plain`.
+
+    There it may do what saves time and a transform would not see: its `forward` has a ctx and
+    returns the first output alone, so that what else backward needs is no output (each costs a
+    microsecond or two). Whatever differentiates its gradient goes through the Gate.
+    """
+    # What error messages, profiles and computational graphs show.
+    function.__name__ = function.__qualname__ = gate.__name__
+    function._backward_cls.__name__ = f"{gate.__name__}Backward"  # type: ignore[attr-defined]
+    record = _recorder(function)
+
+    def apply(*inputs: Any) -> Any:
+        try:
+            return record(*inputs)
+        except _REFUSALS:
+            gate._explain(inputs)
+            raise
+
+    return apply
 
 
 def call(function: type[Gate], *inputs: Any) -> Any:
@@ -255,7 +303,7 @@ def call(function: type[Gate], *inputs: Any) -> Any:
         function.check(*inputs)
         if _functorch_active():
             return function.formula(*inputs)
-        if not (torch.is_grad_enabled() and _requires_grad(inputs)):
+        if not (torch.is_grad_enabled() and requires_grad(inputs)):
             return function.forward(*inputs)
     return function.apply(*inputs)
 
@@ -265,7 +313,8 @@ def _stands_in(value: Any) -> bool:
     return hasattr(value, "__torch_function__") and not isinstance(value, Tensor)
 
 
-def _requires_grad(inputs: tuple[Any, ...]) -> bool:
+def requires_grad(inputs: tuple[Any, ...]) -> bool:
+    """Whether one of them does."""
     for value in inputs:  # noqa: SIM110 (a generator costs a microsecond)
         if isinstance(value, Tensor) and value.requires_grad:
             return True

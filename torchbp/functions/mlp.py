@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
 from . import check
-from .gate import Gate, auxiliary, fast_backward, raw, save, unused
+from .gate import (
+    Gate,
+    auxiliary,
+    call,
+    eager,
+    fast_backward,
+    plain,
+    raw,
+    requires_grad,
+    save,
+    unused,
+)
 from .products import ACTIVATIONS, affine_gradients, check_affine
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "mlp_output"]
 
 _mlp, _mlp_backward = raw("mlp"), raw("mlp_backward")
+_version = operator.attrgetter("_version")
 
 
-def split(layers: int, parameters: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def split(layers: int, parameters: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """(weights, biases) of the flat list of parameters; biases is empty where there are none."""
     return parameters[:layers], parameters[layers:]
 
@@ -56,51 +71,16 @@ class MLP(Gate):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *grad_saved: Tensor | None) -> Any:
-        tensors = ctx.saved_tensors
-        x, (weights, saved) = tensors[0], split(ctx.layers, tensors[1:])
-        need_x, _, _, *needs = ctx.needs_input_grad
-        need_weights, need_biases = split(ctx.layers, needs)
-        activation = ACTIVATIONS[ctx.activation]
+        x, *tensors = ctx.saved_tensors
+        described = ctx.layers, ctx.activation, ctx.needs_input_grad
         if grad_y is not None and unused(*grad_saved) and fast_backward(grad_y):
-            grad_x, *grads = _mlp_backward(
-                grad_y, x, weights, saved, *activation.arguments, need_x, need_weights, need_biases
-            )
-            if not all(needs):
-                grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
-            return grad_x if need_x else None, None, None, *grads
-
-        # The same from operations that can be differentiated again. What else used a layer's z or h
-        # (only a second derivative does) adds its gradient.
-        per_layer = 2 if activation.saves_x else 1
-        grad_weights: list[Tensor | None] = [None] * ctx.layers
-        grad_biases: list[Tensor | None] = [None] * len(need_biases)
-        grad_x = None
-        grad_z = grad_y
-        for i in reversed(range(ctx.layers)):
-            h = saved[i * per_layer - 1] if i else x
-            grad_h = None
-            if grad_z is not None:
-                need_bias = bool(need_biases) and need_biases[i]
-                grad_h, grad_weights[i], grad_bias = affine_gradients(
-                    grad_z, h, weights[i], (i > 0 or need_x, need_weights[i], need_bias)
-                )
-                if need_biases:
-                    grad_biases[i] = grad_bias
-            if i == 0:
-                grad_x = grad_h
-                break
-            grad_h = total(grad_h, grad_saved[i * per_layer - 1])
-            grad_z = None
-            if grad_h is not None:
-                grad_z = activation.backward(grad_h, saved[(i - 1) * per_layer])
-            if activation.saves_x:
-                grad_z = total(grad_z, grad_saved[(i - 1) * per_layer])
-        return grad_x, None, None, *grad_weights, *grad_biases
+            return fused_gradients(*described, grad_y, x, tensors)
+        return gradients(*described, grad_y, grad_saved, x, tensors)
 
     @staticmethod
     def jvp(ctx: Any, x_t: Tensor | None, _: None, __: None, *tangents: Tensor | None) -> Any:
         x, *rest = ctx.saved_tensors
-        weights, saved = split(ctx.layers, tuple(rest))
+        weights, saved = split(ctx.layers, rest)
         weights_t, biases_t = split(ctx.layers, tangents)
         activation = ACTIVATIONS[ctx.activation]
         per_layer = 2 if activation.saves_x else 1
@@ -153,8 +133,105 @@ class MLP(Gate):
         raise AssertionError("an MLP has at least one layer")
 
 
+def fused_gradients(
+    layers: int, activation: str, needs_input_grad: tuple[bool, ...],
+    grad_y: Tensor, x: Tensor, tensors: list[Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What MLP.backward returns, from its kernel; tensors: the weights, then what was saved."""
+    need_x, _, _, *needs = needs_input_grad
+    grad_x, *grads = _mlp_backward(
+        grad_y, x, tensors[:layers], tensors[layers:], *ACTIVATIONS[activation].arguments,
+        need_x, needs[:layers], needs[layers:],
+    )  # fmt: skip
+    if not all(needs):
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return grad_x if need_x else None, None, None, *grads
+
+
+def gradients(
+    layers: int, activation: str, needs_input_grad: tuple[bool, ...], grad_y: Tensor | None,
+    grad_saved: Sequence[Tensor | None], x: Tensor, tensors: list[Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The same from operations that can be differentiated again. What else used a layer's z or h
+    (only a second derivative does) adds its gradient, one of `grad_saved`."""
+    weights, saved = split(layers, tensors)
+    need_x, _, _, *needs = needs_input_grad
+    need_weights, need_biases = split(layers, needs)
+    f = ACTIVATIONS[activation]
+    per_layer = 2 if f.saves_x else 1
+    grad_weights: list[Tensor | None] = [None] * layers
+    grad_biases: list[Tensor | None] = [None] * len(need_biases)
+    grad_x = None
+    grad_z = grad_y
+    for i in reversed(range(layers)):
+        h = saved[i * per_layer - 1] if i else x
+        grad_h = None
+        if grad_z is not None:
+            need_bias = bool(need_biases) and need_biases[i]
+            grad_h, grad_weights[i], grad_bias = affine_gradients(
+                grad_z, h, weights[i], (i > 0 or need_x, need_weights[i], need_bias)
+            )
+            if need_biases:
+                grad_biases[i] = grad_bias
+        if i == 0:
+            grad_x = grad_h
+            break
+        grad_h = total(grad_h, grad_saved[i * per_layer - 1])
+        grad_z = None
+        if grad_h is not None:
+            grad_z = f.backward(grad_h, saved[(i - 1) * per_layer])
+        if f.saves_x:
+            grad_z = total(grad_z, grad_saved[(i - 1) * per_layer])
+    return grad_x, None, None, *grad_weights, *grad_biases
+
+
 def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The sum of two gradients, either of which may be missing."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+class Eager(Function):
+    """MLP's y in plain eager mode: what backward needs of the hidden layers is saved and no output.
+
+    Whatever differentiates the gradient itself goes through MLP.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: int, activation: str, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:layers], parameters[layers:]
+        y, *saved = _mlp(x, weights, biases, *ACTIVATIONS[activation].arguments)
+        ctx.save_for_backward(x, *weights, *saved)
+        # The gradient takes no biases: only its own does, which wants them as they were, and that
+        # they are changed before backward is no error, as it is none in PyTorch.
+        ctx.rest = layers, activation, biases, [*map(_version, biases)]
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        layers, activation, biases, versions = ctx.rest
+        described = layers, activation, ctx.needs_input_grad
+        if fast_backward(grad_y):
+            return fused_gradients(*described, grad_y, x, tensors)
+        if torch.is_grad_enabled():  # the hidden layers once more, on record
+            if versions != [*map(_version, biases)]:
+                raise RuntimeError(
+                    "mlp: a bias was changed in place since forward, and the gradient of the "
+                    "gradient needs it as it was"
+                )
+            weights = tensors[:layers]
+            _, *saved = MLP.apply(x, layers, activation, *weights, *biases)
+            tensors = [*weights, *saved]
+        return gradients(*described, grad_y, [None] * len(tensors), x, tensors)
+
+
+_apply_eager = eager(Eager, MLP)
+
+
+def mlp_output(*inputs: Any) -> Tensor:
+    """The y of MLP, the fastest way; the arguments are those of MLP.apply."""
+    if plain() and requires_grad(inputs):
+        return _apply_eager(*inputs)  # type: ignore[no-any-return]
+    return call(MLP, *inputs)[0]  # type: ignore[no-any-return]

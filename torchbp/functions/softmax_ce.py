@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import check
-from .gate import Gate, auxiliary, call, fast_backward, is_traced, raw, save, unused
+from .gate import Gate, auxiliary, call, eager, fast_backward, is_traced, plain, raw, save, unused
 
 __all__ = ["REDUCTIONS", "SoftmaxCE", "softmax_ce_loss"]
 
@@ -267,8 +266,7 @@ class Eager(Function):
         return gradient, *[None] * 5
 
 
-Eager.__name__ = Eager.__qualname__ = "SoftmaxCE"  # what a computational graph shows
-_apply_eager = super(Function, Eager).apply
+_apply_eager = eager(Eager, SoftmaxCE)
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -285,19 +283,12 @@ def softmax_ce_loss(
         input.requires_grad
         and input.is_cpu
         and reduction != "none"
-        and not is_traced()
-        and torch.is_grad_enabled()
+        and plain()
         and not target.requires_grad
         and not (isinstance(weight, Tensor) and weight.requires_grad)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
         and not unsure(target, ignore_index, label_smoothing)
     ):
-        try:
-            return _apply_eager(input, target, weight, ignore_index, reduction, label_smoothing)
-        except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError):
-            SoftmaxCE.check(input, target, weight, ignore_index, reduction, label_smoothing)
-            raise
+        return _apply_eager(input, target, weight, ignore_index, reduction, label_smoothing)
     loss, *_ = call(SoftmaxCE, input, target, weight, ignore_index, reduction, label_smoothing)
     return loss
 

@@ -83,7 +83,7 @@ FUNCTIONS = {
     "Add": "add", "Multiply": "mul", "Maximum": "maximum", "Exp": "exp",
     "Reciprocal": "reciprocal", "Scale": "scale", "Shift": "shift", "ReLU": "relu",
     "LeakyReLU": "leaky_relu", "ELU": "elu", "Sigmoid": "sigmoid", "Tanh": "tanh",
-    "MatMul": "matmul", "Eager": "cross_entropy", "SoftmaxCE": "cross_entropy", "Maxout": "maxout",
+    "MatMul": "matmul", "SoftmaxCE": "cross_entropy", "Maxout": "maxout",
 }  # fmt: skip
 
 

@@ -79,6 +79,9 @@ class _OneCall(Optimizer):
         grads: list[Tensor] = []
         kept: list[Tensor] = []
         groups: list[float] = []
+        # Mostly in the order of the parameters, and a tensor's hash is a function in Python.
+        remembered = iter(state.items())
+        nobody: tuple[Any, dict[str, Any]] = None, {}
         for group in self.param_groups:
             for option in self._left_to_torch:
                 if group[option]:
@@ -92,7 +95,9 @@ class _OneCall(Optimizer):
                 parameters.append(p)
                 grads.append(grad)
                 if keys:
-                    slot = state[p]
+                    owner, slot = next(remembered, nobody)
+                    if owner is not p:
+                        slot = state[p]
                     for key in keys:
                         value = slot.get(key)
                         if value is None:

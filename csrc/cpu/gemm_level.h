@@ -8,10 +8,17 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-// A vector register of the level, and one that may stand anywhere in memory.
-typedef float Vector __attribute__((vector_size(TORCHBP_VECTOR)));
-typedef float Unaligned __attribute__((vector_size(TORCHBP_VECTOR), aligned(4), may_alias));
-constexpr int kLanes = TORCHBP_VECTOR / 4;
+// A vector of some lanes, and one that may stand anywhere in memory.
+template <int lanes>
+struct Vectors {
+  typedef float Type __attribute__((vector_size(4 * lanes)));
+  typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+};
+
+// A register of the level, and half of one where that takes half the time: on Zen 4, whose units are 256 bits wide.
+constexpr int kLanes = TORCHBP_VECTOR / 4, kLeast = kLanes > 8 ? 8 : kLanes;
+using Vector = Vectors<kLanes>::Type;
+using Least = Vectors<kLeast>::Type;
 
 // Accumulators of 14 x 2 of 32 registers, or 6 x 2 of 16: the rest hold the panel's row and a broadcast.
 constexpr int kTileRows = TORCHBP_VECTOR == 64 ? 14 : 6;
@@ -21,111 +28,182 @@ constexpr int64_t kRowStride = kBlock + 16;  // of A's rows once copied: not a p
 constexpr int64_t kColumnStride = kTileRows > 8 ? 16 : 8;  // of A's columns once copied
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
 constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while tiles of A pass
+constexpr int64_t kNear = 8 * 1024;          // numbers of an operand that stays in L1 as it is
+constexpr int64_t kCached = 32 * 1024;       // numbers of all operands of a product that needs no prefetch
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 
-TORCHBP_INLINE Vector load_vector(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-TORCHBP_INLINE void store_vector(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
-
-// x in every lane: one load. Vector{} + x would add, as 0 + -0 is not -0.
-template <size_t... l>
-TORCHBP_INLINE Vector broadcast(const float& x, std::index_sequence<l...>) {
-  return Vector{(static_cast<void>(l), x)...};
+template <class V = Vector>
+TORCHBP_INLINE V load_vector(const float* p) {
+  return *reinterpret_cast<const typename Vectors<sizeof(V) / 4>::Unaligned*>(p);
 }
-TORCHBP_INLINE Vector broadcast(const float& x) { return broadcast(x, std::make_index_sequence<kLanes>()); }
+template <class V>
+TORCHBP_INLINE void store_vector(float* p, V v) {
+  *reinterpret_cast<typename Vectors<sizeof(V) / 4>::Unaligned*>(p) = v;
+}
 
-// tile [mr][kPanel] (+)= A B over kc steps. A is [mr][kRowStride] (by_rows) or [kc][kColumnStride].
-template <int mr, int vectors, bool by_rows>
-void multiply_tile(int64_t kc, const float* a, const float* b, int64_t b_stride, float* tile, bool first) {
-  Vector sum[mr][vectors];
+// x in every lane: one load. V{} + x would add, as 0 + -0 is not -0.
+template <class V, size_t... l>
+TORCHBP_INLINE V broadcast(const float& x, std::index_sequence<l...>) {
+  return V{(static_cast<void>(l), x)...};
+}
+template <class V = Vector>
+TORCHBP_INLINE V broadcast(const float& x) {
+  return broadcast<V>(x, std::make_index_sequence<sizeof(V) / 4>());
+}
+
+// What multiply_tile computes: to [mr][to_stride] (+)= A B over kc steps, with A [mr][a_stride] (by_rows) or
+// [kc][a_stride] and B [kc][b_stride].
+struct TileProduct {
+  int64_t kc = 0;
+  bool first = true;  // or there is a sum in `to`
+  const float *a = nullptr, *b = nullptr;
+  float* to = nullptr;
+  int64_t a_stride = 0, b_stride = 0, to_stride = 0;
+  const float* bias_of_rows = nullptr;  // to be added in the end, or null
+};
+
+// In as many vectors of type V as cover a panel's columns.
+template <class V, int vectors, bool by_rows, int mr>
+void multiply_tile(const TileProduct& t) {
+  constexpr int lanes = sizeof(V) / 4;
+  V sum[mr][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) sum[i][v] = first ? Vector{} : load_vector(tile + i * kPanel + v * kLanes);
-  for (int64_t k = 0; k < kc; ++k) {
-    Vector row[vectors];
+    for (int v = 0; v < vectors; ++v) sum[i][v] = t.first ? V{} : load_vector<V>(t.to + i * t.to_stride + v * lanes);
+  const float *a = t.a, *b = t.b;
+  const int64_t a_row = by_rows ? t.a_stride : 1, a_step = by_rows ? 1 : t.a_stride, b_step = t.b_stride;
+  for (int64_t k = t.kc; k > 0; --k) {
+    V row[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) row[v] = load_vector(b + v * kLanes);
+    for (int v = 0; v < vectors; ++v) row[v] = load_vector<V>(b + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; ++i) {
-      const Vector factor = broadcast(by_rows ? a[i * kRowStride] : a[i]);
+      const V factor = broadcast<V>(a[i * a_row]);
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
     }
-    a += by_rows ? 1 : kColumnStride;
-    b += b_stride;
+    a += a_step;
+    b += b_step;
+  }
+  if (t.bias_of_rows) {
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast<V>(t.bias_of_rows[i]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store_vector(tile + i * kPanel + v * kLanes, sum[i][v]);
+    for (int v = 0; v < vectors; ++v) store_vector(t.to + i * t.to_stride + v * lanes, sum[i][v]);
 }
 
-using MultiplyTile = void (*)(int64_t, const float*, const float*, int64_t, float*, bool);
+using MultiplyTile = void (*)(const TileProduct&);
 
-template <int vectors, bool by_rows, int... rows>
+template <class V, int vectors, bool by_rows, int... rows>
 constexpr std::array<MultiplyTile, sizeof...(rows)> tiles_of(std::integer_sequence<int, rows...>) {
-  return {multiply_tile<rows + 1, vectors, by_rows>...};
+  return {multiply_tile<V, vectors, by_rows, rows + 1>...};
 }
 
-template <int vectors, bool by_rows>
-constexpr auto kMultiply = tiles_of<vectors, by_rows>(std::make_integer_sequence<int, kTileRows>());
+template <class V, int vectors, bool by_rows>
+constexpr auto kMultiply = tiles_of<V, vectors, by_rows>(std::make_integer_sequence<int, kTileRows>());
+
+// Columns that are computed where a panel has `columns`.
+inline int64_t width_of(int64_t columns) { return columns <= kLeast ? kLeast : columns <= kLanes ? kLanes : kPanel; }
 
 inline MultiplyTile multiply_for(int64_t rows, int64_t columns, bool by_rows) {
-  if (columns <= kLanes) return by_rows ? kMultiply<1, true>[rows - 1] : kMultiply<1, false>[rows - 1];
-  return by_rows ? kMultiply<2, true>[rows - 1] : kMultiply<2, false>[rows - 1];
+  const int64_t width = width_of(columns), i = rows - 1;
+  if (width == kPanel) return by_rows ? kMultiply<Vector, 2, true>[i] : kMultiply<Vector, 2, false>[i];
+  if (width == kLanes) return by_rows ? kMultiply<Vector, 1, true>[i] : kMultiply<Vector, 1, false>[i];
+  return by_rows ? kMultiply<Least, 1, true>[i] : kMultiply<Least, 1, false>[i];
 }
 
 // ---- transposition ------------------------------------------------------------------------------------------------
 
 // Lanes of (a, b) in which bit d of the lane's number picks: b's lower half beside a's, or the upper ones.
-template <int d, size_t... l>
-TORCHBP_INLINE Vector lower(Vector a, Vector b, std::index_sequence<l...>) {
-  return __builtin_shufflevector(a, b, ((l & d) ? kLanes + l - d : l)...);
+template <int d, class V, size_t... l>
+TORCHBP_INLINE V lower(V a, V b, std::index_sequence<l...>) {
+  return __builtin_shufflevector(a, b, ((l & d) ? sizeof...(l) + l - d : l)...);
 }
-template <int d, size_t... l>
-TORCHBP_INLINE Vector upper(Vector a, Vector b, std::index_sequence<l...>) {
-  return __builtin_shufflevector(a, b, ((l & d) ? kLanes + l : l + d)...);
+template <int d, class V, size_t... l>
+TORCHBP_INLINE V upper(V a, V b, std::index_sequence<l...>) {
+  return __builtin_shufflevector(a, b, ((l & d) ? sizeof...(l) + l : l + d)...);
 }
 
-template <int d>
-TORCHBP_INLINE void transpose_stage(Vector (&row)[kLanes]) {
+template <int d, class V, size_t lanes>
+TORCHBP_INLINE void transpose_stage(V (&row)[lanes]) {
+  constexpr auto all = std::make_index_sequence<lanes>();
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  for (size_t i = 0; i < lanes; ++i) {
     if (i & d) continue;
-    const Vector a = row[i], b = row[i + d];
-    row[i] = lower<d>(a, b, std::make_index_sequence<kLanes>());
-    row[i + d] = upper<d>(a, b, std::make_index_sequence<kLanes>());
+    const V a = row[i], b = row[i + d];
+    row[i] = lower<d>(a, b, all);
+    row[i + d] = upper<d>(a, b, all);
   }
 }
 
-// to [k][to_stride] = transpose of from [rows][from_stride]: a square of kLanes.
+// to [k][to_stride] = transpose of from [rows][from_stride]: a square.
+template <int lanes>
 TORCHBP_INLINE void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Vector row[kLanes];
+  using V = typename Vectors<lanes>::Type;
+  V row[lanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) row[i] = load_vector(from + i * from_stride);
+  for (int i = 0; i < lanes; ++i) row[i] = load_vector<V>(from + i * from_stride);
   transpose_stage<1>(row);
   transpose_stage<2>(row);
-  if constexpr (kLanes > 4) transpose_stage<4>(row);
-  if constexpr (kLanes > 8) transpose_stage<8>(row);
+  if constexpr (lanes > 4) transpose_stage<4>(row);
+  if constexpr (lanes > 8) transpose_stage<8>(row);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store_vector(to + i * to_stride, row[i]);
+  for (int i = 0; i < lanes; ++i) store_vector(to + i * to_stride, row[i]);
 }
 
-// to [columns][to_stride] = transpose of from [rows][from_stride].
-inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-                      int64_t to_stride) {
-  const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
-  for (int64_t r = 0; r < whole_rows; r += kLanes)
-    for (int64_t c = 0; c < whole_columns; c += kLanes)
-      transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      to[c * to_stride + r] = from[r * from_stride + c];
+// to [columns][to_stride] = transpose of from [rows][from_stride]: in the largest squares that fit, of which the last
+// overlap.
+template <int lanes = kLanes>
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  if (rows >= lanes && columns >= lanes) {
+    for (int64_t i = 0; i < rows; i += lanes)
+      for (int64_t j = 0; j < columns; j += lanes) {
+        const int64_t r = std::min(i, rows - lanes), c = std::min(j, columns - lanes);
+        transpose_square<lanes>(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+      }
+  } else if constexpr (lanes > 4) {
+    transpose<lanes / 2>(from, from_stride, rows, columns, to, to_stride);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+// to [n] = from [n]: in vectors, of which the last overlap.
+template <class V = Vector>
+TORCHBP_INLINE void copy_run(const float* from, int64_t n, float* to) {
+  constexpr int lanes = sizeof(V) / 4;
+  if (n >= lanes) {
+    for (int64_t i = 0; i < n; i += lanes) {
+      const int64_t at = std::min(i, n - lanes);
+      store_vector(to + at, load_vector<V>(from + at));
+    }
+  } else if constexpr (lanes > 4) {
+    copy_run<typename Vectors<lanes / 2>::Type>(from, n, to);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
 }
 
 // ---- copies of blocks ------------------------------------------------------------------------------------------------------
 
-inline bool reads_b_in_place(const Gemm& g) { return g.b_j == 1 && g.n % kLanes == 0 && g.b_k <= 2 * kBlock; }
+inline bool reads_b_in_place(const Gemm& g) {
+  const int64_t rest = g.n % kPanel;
+  return g.b_j == 1 && (rest == 0 || rest == width_of(rest)) && g.b_k <= 2 * kBlock;
+}
+
+// Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows that lie further apart
+// would share L1 sets; to find them in memory takes half a vector's multiplication as long again.
+inline bool reads_a_in_place(const Gemm& g, int64_t panels) {
+  if (g.a_i == 1) return panels == 1 || g.k * g.a_k <= kNear;
+  return g.a_k == 1 && g.a_i <= kBlock && (panels == 1 || (panels == 2 && g.n % kPanel == 0));
+}
 
 // Copies rows [k0, k0 + kc) of panels [begin, end) of B, each to [kc][kPanel].
 inline void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, float* to) {
@@ -143,8 +221,11 @@ inline void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_
     const int64_t columns = std::min<int64_t>(kPanel, g.n - p * kPanel);
     const float* const panel = from + p * kPanel * g.b_j;
     float* const y = to + (p - begin) * kc * kPanel;
-    if (columns < kPanel) std::fill_n(y, kc * kPanel, 0.f);
-    if (g.b_k == 1) {
+    if (const int64_t width = width_of(columns); columns < width)
+      for (int64_t k = 0; k < kc; ++k) std::fill(y + k * kPanel + columns, y + k * kPanel + width, 0.f);
+    if (g.b_j == 1) {
+      for (int64_t k = 0; k < kc; ++k) copy_run(panel + k * g.b_k, columns, y + k * kPanel);
+    } else if (g.b_k == 1) {
       transpose(panel, g.b_j, columns, kc, y, kPanel);
     } else {
       for (int64_t k = 0; k < kc; ++k)
@@ -153,19 +234,12 @@ inline void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_
   }
 }
 
-// Copies rows [i, i + mr) of A's block to one of the two forms that multiply_tile reads. Returns whether by rows.
-inline bool copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, float* to) {
+// Copies rows [i, i + mr) of A's block to the form that multiply_tile reads: by rows where they are runs in memory.
+inline void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, float* to) {
   const float* const from = g.a + i * g.a_i + k0 * g.a_k;
   if (g.a_k == 1) {
-    const int64_t whole = kc / kLanes * kLanes;
-    for (int64_t r = 0; r < mr; ++r) {
-      const float* const row = from + r * g.a_i;
-      for (int64_t k = 0; k < whole; k += kLanes) store_vector(to + r * kRowStride + k, load_vector(row + k));
-      for (int64_t k = whole; k < kc; ++k) to[r * kRowStride + k] = row[k];
-    }
-    return true;
-  }
-  if (g.a_i == 1 && i + kColumnStride <= g.m) {  // what is read beyond the tile is there, and not used
+    for (int64_t r = 0; r < mr; ++r) copy_run(from + r * g.a_i, kc, to + r * kRowStride);
+  } else if (g.a_i == 1 && i + kColumnStride <= g.m) {  // what is read beyond the tile is there, and not used
     for (int64_t k = 0; k < kc; ++k)
       for (int64_t r = 0; r < kColumnStride; r += kLanes)
         store_vector(to + k * kColumnStride + r, load_vector(from + k * g.a_k + r));
@@ -173,7 +247,6 @@ inline bool copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc,
     for (int64_t k = 0; k < kc; ++k)
       for (int64_t r = 0; r < mr; ++r) to[k * kColumnStride + r] = from[r * g.a_i + k * g.a_k];
   }
-  return false;
 }
 
 // Fetches part `part` of `parts` of a block of A that copy_a will read next, while a panel is being multiplied.
@@ -203,47 +276,70 @@ inline void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
 }
 
 inline void store_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* tile, float* to) {
+  if (g.c_i == 1 && g.c_j != 1) return transpose(tile, kPanel, mr, nr, to + i + j * g.c_j, g.c_j);
   each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-    if (g.c_j == 1 && nr == kPanel) {
-      store_vector(to + at, load_vector(tile + t));
-      store_vector(to + at + kLanes, load_vector(tile + t + kLanes));
-    } else if (g.c_j == 1 && nr == kLanes) {
-      store_vector(to + at, load_vector(tile + t));
-    } else {
+    if (g.c_j == 1)
+      copy_run(tile + t, nr, to + at);
+    else
       for (int64_t c = 0; c < nr; ++c) to[at + c * g.c_j] = tile[t + c];
-    }
   });
 }
 
 inline void load_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* from, float* tile) {
   each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-    if (g.c_j == 1 && nr == kPanel) {
-      store_vector(tile + t, load_vector(from + at));
-      store_vector(tile + t + kLanes, load_vector(from + at + kLanes));
-    } else {
-      std::fill_n(tile + t, kPanel, 0.f);
+    if (g.c_j == 1)
+      copy_run(from + at, nr, tile + t);
+    else
       for (int64_t c = 0; c < nr; ++c) tile[t + c] = from[at + c * g.c_j];
-    }
   });
 }
 
-inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, float* tile) {
-  if (g.update) {
-    each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-      update<float>(*g.update, g.c + at, tile + t, g.state0 ? g.state0 + at : nullptr,
-                    g.state1 ? g.state1 + at : nullptr, nr);
-    });
-    return;
+// The update of a tile's parameters, whose gradient the tile is.
+inline void update_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* tile) {
+  with_rule<float>(*g.update, [&](const auto& rule) {
+    const auto rows = [&](int64_t columns) {
+      each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
+        float* const p = g.c + at;
+        float* const state0 = g.state0 ? g.state0 + at : nullptr;
+        float* const state1 = g.state1 ? g.state1 + at : nullptr;
+        const float* const gradient = tile + t;
+#pragma GCC ivdep
+        for (int64_t c = 0; c < columns; ++c) rule(p, gradient, state0, state1, c);
+      });
+    };
+    if (nr % kLanes == 0)
+      rows(nr / kLanes * kLanes);  // of whole vectors, as the compiler now knows
+    else
+      rows(nr);
+  });
+}
+
+// Whether a tile of C can be the memory of multiply_tile and of what follows it.
+inline bool finishes_in_place(const Gemm& g, int64_t nr) {
+  const bool in_one_run = g.c_i == nr || !(g.activation || g.gradient);
+  return g.k <= kBlock && g.c_j == 1 && nr == width_of(nr) && in_one_run && !g.update && !(g.bias && !g.bias_of_row);
+}
+
+inline void finish_in_place(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr) {
+  const int64_t at = i * g.c_i + j;
+  void* const outputs[] = {g.c + at};
+  if (g.activation) {
+    const void* const inputs[] = {(g.z ? g.z : g.c) + at};
+    g.activation(outputs, inputs, mr * nr, g.parameter);
+  } else if (g.gradient) {
+    const void* const inputs[] = {g.c + at, g.saved + at};
+    g.gradient(outputs, inputs, mr * nr, g.parameter);
   }
-  if (g.bias) {
+}
+
+inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, float* tile) {
+  if (g.update) return update_tile(g, i, j, mr, nr, tile);
+  if (g.bias && !g.bias_of_row) {
     float column[kPanel] = {};
-    if (!g.bias_of_row) std::copy_n(g.bias + j, nr, column);
-    for (int64_t r = 0; r < mr; ++r) {
-      const float row = g.bias_of_row ? g.bias[i + r] : 0.f;
+    std::copy_n(g.bias + j, nr, column);
+    for (int64_t r = 0; r < mr; ++r)
       for (int64_t c = 0; c < kPanel; c += kLanes)
-        store_vector(tile + r * kPanel + c,
-                     load_vector(tile + r * kPanel + c) + (broadcast(row) + load_vector(column + c)));
-    }
+        store_vector(tile + r * kPanel + c, load_vector(tile + r * kPanel + c) + load_vector(column + c));
   }
   if (g.z) store_tile(g, i, j, mr, nr, tile, g.z);
   const int64_t all = mr * kPanel;
@@ -265,7 +361,9 @@ inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
 
 inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
-  const bool in_place = reads_b_in_place(g), one_block = g.k <= kBlock;
+  const bool a_in_place = reads_a_in_place(g, end - begin), by_rows = g.a_k == 1 && !(a_in_place && g.a_i == 1);
+  const bool b_in_place = reads_b_in_place(g), one_block = g.k <= kBlock;
+  const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
   const int64_t deepest = std::min(kBlock, std::max<int64_t>(g.k, 1));
   const int64_t together = std::min(end - begin, std::max<int64_t>(1, kPanelBytes / (deepest * kPanel * 4)));
   // Rows in tiles of equal height, as many as there are registers for.
@@ -273,7 +371,7 @@ inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
   const auto row_of = [&](int64_t tile) { return i_begin + (i_end - i_begin) * tile / tiles; };
   constexpr int64_t tile_size = kTileRows * kPanel;
   const int64_t held = one_block ? tiles : std::min(tiles, std::max<int64_t>(1, kHeld / (together * tile_size)));
-  const int64_t copied = in_place ? 0 : together * deepest * kPanel;
+  const int64_t copied = b_in_place ? 0 : together * deepest * kPanel;
   float* const copy = scratch.at_least(kCopy + copied + (one_block ? 1 : held * together) * tile_size);
   float* const panels = copy + kCopy;
   float* const unfinished = panels + copied;
@@ -284,23 +382,32 @@ inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
       for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kBlock) {
         const int64_t kc = std::min(kBlock, g.k - k0);
         const bool last = k0 + kBlock >= g.k;
-        if (!in_place) copy_b(g, p0, p1, k0, kc, panels);
+        if (!b_in_place) copy_b(g, p0, p1, k0, kc, panels);
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
-          const bool by_rows = copy_a(g, i, mr, k0, kc, copy);
+          if (!a_in_place) copy_a(g, i, mr, k0, kc, copy);
           const bool turn = t + 1 == t1;  // to the next block of K
           const int64_t next_i = row_of(turn ? t0 : t + 1), next_k = turn ? k0 + kBlock : k0;
           for (int64_t p = p0; p < p1; ++p) {
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
             float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * tile_size;
-            if (g.update) prefetch_update(g, i, column, mr);
-            if (next_k < g.k) prefetch_a(g, next_i, mr, next_k, std::min(kBlock, g.k - next_k), p - p0, width);
-            const MultiplyTile multiply = multiply_for(mr, nr, by_rows);
-            if (in_place)
-              multiply(kc, copy, g.b + k0 * g.b_k + column, g.b_k, tile, k0 == 0);
-            else
-              multiply(kc, copy, panels + (p - p0) * kc * kPanel, kPanel, tile, k0 == 0);
-            if (last) finish_tile(g, i, column, mr, nr, tile);
+            if (!in_cache && g.update) prefetch_update(g, i, column, mr);
+            if (!in_cache && next_k < g.k)
+              prefetch_a(g, next_i, mr, next_k, std::min(kBlock, g.k - next_k), p - p0, width);
+            const bool direct = finishes_in_place(g, nr);
+            TileProduct product{.kc = kc, .first = k0 == 0};
+            product.a = a_in_place ? g.a + i * g.a_i + k0 * g.a_k : copy;
+            product.a_stride = a_in_place ? (by_rows ? g.a_i : g.a_k) : by_rows ? kRowStride : kColumnStride;
+            product.b = b_in_place ? g.b + k0 * g.b_k + column : panels + (p - p0) * kc * kPanel;
+            product.b_stride = b_in_place ? g.b_k : kPanel;
+            product.to = direct ? (g.z ? g.z : g.c) + i * g.c_i + column : tile;
+            product.to_stride = direct ? g.c_i : kPanel;
+            product.bias_of_rows = last && g.bias && g.bias_of_row ? g.bias + i : nullptr;
+            multiply_for(mr, nr, by_rows)(product);
+            if (direct)
+              finish_in_place(g, i, column, mr, nr);
+            else if (last)
+              finish_tile(g, i, column, mr, nr, tile);
           }
         }
       }
@@ -310,36 +417,44 @@ inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
 
 // ---- sums over the examples ----------------------------------------------------------------------------------------
 
-// The sum of a vector's lanes, halves upon halves.
-template <int width, size_t... l>
-TORCHBP_INLINE Vector fold(Vector v, std::index_sequence<l...>) {
-  return v + __builtin_shufflevector(v, v, ((l + width) % kLanes)...);
+// The sums of the lanes of as many vectors as a vector has lanes: a transposition that adds.
+template <int d>
+TORCHBP_INLINE void add_stage(Vector (&row)[kLanes]) {
+  constexpr auto all = std::make_index_sequence<kLanes>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2 * d)
+    row[i] = lower<d>(row[i], row[i + d], all) + upper<d>(row[i], row[i + d], all);
 }
-TORCHBP_INLINE float sum_lanes(Vector v) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>();
-  if constexpr (kLanes > 8) v = fold<8>(v, lanes);
-  if constexpr (kLanes > 4) v = fold<4>(v, lanes);
-  v = fold<2>(v, lanes);
-  return fold<1>(v, lanes)[0];
+TORCHBP_INLINE Vector sum_lanes(Vector (&row)[kLanes]) {
+  add_stage<1>(row);
+  add_stage<2>(row);
+  if constexpr (kLanes > 4) add_stage<4>(row);
+  if constexpr (kLanes > 8) add_stage<8>(row);
+  return row[0];
 }
 
 // db [out] = sum over i of dz(i, o), in float32 over blocks of rows and float64 over these.
 inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db) {
   constexpr int64_t block = 512, chunk = 64;
   if (row == 1) {
-    for (int64_t o = 0; o < out; ++o) {
-      const float* const x = dz + o * column;
-      double sum = 0;
+    for (int64_t first = 0; first < out; first += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, out - first);
+      const float* x[kLanes];  // in the place of rows that are not there, the last
+      for (int o = 0; o < kLanes; ++o) x[o] = dz + std::min(first + o, out - 1) * column;
+      double sum[kLanes] = {};
       for (int64_t begin = 0; begin < n; begin += block) {
-        const int64_t end = std::min(n, begin + block);
-        Vector part{};
-        int64_t i = begin;
-        for (; i + kLanes <= end; i += kLanes) part += load_vector(x + i);
-        float rest = 0;
-        for (; i < end; ++i) rest += x[i];
-        sum += rest + sum_lanes(part);
+        const int64_t end = std::min(n, begin + block), whole = begin + (end - begin) / kLanes * kLanes;
+        Vector part[kLanes] = {};
+        for (int64_t i = begin; i < whole; i += kLanes)
+#pragma GCC unroll 16
+          for (int o = 0; o < kLanes; ++o) part[o] += load_vector(x[o] + i);
+        float numbers[kLanes];
+        store_vector(numbers, sum_lanes(part));
+        for (int64_t i = whole; i < end; ++i)
+          for (int o = 0; o < kLanes; ++o) numbers[o] += x[o][i];
+        for (int o = 0; o < kLanes; ++o) sum[o] += numbers[o];
       }
-      db[o] = static_cast<float>(sum);
+      for (int64_t o = 0; o < rows; ++o) db[first + o] = static_cast<float>(sum[o]);
     }
     return;
   }

@@ -182,9 +182,10 @@ public:
     float loss, total;
     Cpu::softmax_ce_forward(ce_, Reduction::mean, &loss, &total);  // and the gradient
     if (groups_ == 0) return loss;
-    for (const Trained& t : trained_) {
-      if (t.group < 0) continue;
-      updated_[t.index].update = update_of(rule_, hyper + t.group * kHyper);
+    if (!std::equal(hyper, hyper + row(), hyper_.begin(), hyper_.end())) {
+      hyper_.assign(hyper, hyper + row());
+      for (const Trained& t : trained_)
+        if (t.group >= 0) updated_[t.index].update = update_of(rule_, hyper + t.group * kHyper);
     }
     if (rule_ == Rule::adamw) advance(updated_);
     backward(net_, x, {grad_logits_, ce_.classes, 1}, gradients_, {}, scratch_);
@@ -203,6 +204,7 @@ private:
   std::vector<Trained> trained_;
   std::vector<Gradients> gradients_;
   std::vector<Parameter> updated_;  // those that are not frozen
+  std::vector<double> hyper_;       // that they follow
   int64_t groups_ = 0;
   SoftmaxCE ce_;
   float *logits_ = nullptr, *grad_logits_ = nullptr, *scratch_ = nullptr, *batch_ = nullptr;

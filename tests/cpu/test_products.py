@@ -15,10 +15,12 @@ from tests.compare import assert_close_in_norm
 from tests.machine import cpu_flags
 
 # (n, in, out): one tile, many, blocks of K, panels cut off, more unfinished tiles than are held,
-# one example, nothing at all.
+# panels that end in half a vector, rows too far apart to be read in place, one example, nothing at
+# all.
 SIZES = [
     (32, 64, 64), (8, 3, 5), (70, 300, 33), (129, 513, 31), (64, 1, 1), (65, 1030, 17),
-    (530, 300, 260), (200, 40, 100), (7, 5, 3), (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
+    (530, 300, 260), (200, 40, 100), (40, 40, 40), (18, 260, 24), (7, 5, 3),
+    (1, 20, 30), (0, 4, 3), (64, 0, 3), (64, 3, 0),
 ]  # fmt: skip
 LAYOUTS = ["plain", "transposed", "strided"]
 
@@ -112,7 +114,7 @@ def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
-@pytest.mark.parametrize("n", [0, 1, 15, 32, 130])
+@pytest.mark.parametrize("n", [0, 1, 15, 24, 32, 40, 130])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(n: int, activation: str, layout: str, bias: bool) -> None:
     sizes = [37, 300, 16, 5]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,14 +88,16 @@ def vector(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.flatten() for p in values(model)]).double()
 
 
-def torch_model(activation: str = "relu", bias: bool = True) -> torch.nn.Sequential:
+def torch_model(
+    activation: str = "relu", bias: bool = True, widths: Sequence[int] = SIZES[1:-1]
+) -> torch.nn.Sequential:
     """The network in torch.nn, so that no torchbp runs in the reference."""
     kinds: dict[str, Callable[[], torch.nn.Module]] = {
         "relu": torch.nn.ReLU, "leaky_relu": torch.nn.LeakyReLU, "elu": torch.nn.ELU,
         "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh,
     }  # fmt: skip
     layers: list[torch.nn.Module] = []
-    for size_in, size_out in pairwise(SIZES):
+    for size_in, size_out in pairwise([SIZES[0], *widths, SIZES[-1]]):
         layers += [torch.nn.Linear(size_in, size_out, bias), kinds[activation]()]
     return torch.nn.Sequential(*layers[:-1])
 
@@ -104,26 +106,17 @@ def upside_down(rows: Tensor) -> Tensor:
     return rows.flip(0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "sigmoid", "tanh"])
-@pytest.mark.parametrize(
-    ("rule", "options", "bias", "smoothing"),
-    [
-        ("SGD", {"lr": 0.05}, True, 0.0),
-        # Smoothing whose shares of 4 classes are float32 numbers: rounding them is no drift.
-        ("SGD", SGD, False, 0.25),
-        ("SGD", {"lr": 0.05, "momentum": 0.5, "dampening": 0.2}, True, 0.25),
-        ("AdamW", ADAMW, True, 0.0),
-        ("AdamW", {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-4}, False, 0.25),
-    ],
-)
-def test_200_steps_as_autograd(
-    activation: str, rule: str, options: dict[str, Any], bias: bool, smoothing: float
-) -> None:
-    """No further from float64 than float32 in torch is: rounding grows over 200 steps, differently
-    for each order of the sums, so that torch runs in two orders, of the rows of each batch.
+def assert_as_autograd(
+    data: list[Batch],
+    start: torch.nn.Module,
+    rule: str,
+    options: dict[str, Any],
+    smoothing: float = 0.0,
+) -> Tensor:
+    """No further from float64 than float32 in torch is: rounding grows from step to step,
+    differently for each order of the sums, so that torch runs in two orders, of the rows of each
+    batch. Returns the losses in float64.
     """
-    data = batches(200)
-    start = torch_model(activation, bias)
     results = []
     for dtype, order in (
         (torch.float64, Tensor.clone), (torch.float32, Tensor.clone), (torch.float32, upside_down)
@@ -144,7 +137,38 @@ def test_200_steps_as_autograd(
     assert float((vector(model) - exact).norm()) <= 2 * drift
     drift = max(float((loss - exact_losses).norm()) for _, loss in torchs)
     assert float((torch.stack(losses).double() - exact_losses).norm()) <= 2 * drift
-    assert exact_losses[-50:].mean() < exact_losses[:50].mean()  # it learned something
+    return exact_losses
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "sigmoid", "tanh"])
+@pytest.mark.parametrize(
+    ("rule", "options", "bias", "smoothing"),
+    [
+        ("SGD", {"lr": 0.05}, True, 0.0),
+        # Smoothing whose shares of 4 classes are float32 numbers: rounding them is no drift.
+        ("SGD", SGD, False, 0.25),
+        ("SGD", {"lr": 0.05, "momentum": 0.5, "dampening": 0.2}, True, 0.25),
+        ("AdamW", ADAMW, True, 0.0),
+        ("AdamW", {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-4}, False, 0.25),
+    ],
+)
+def test_200_steps_as_autograd(
+    activation: str, rule: str, options: dict[str, Any], bias: bool, smoothing: float
+) -> None:
+    losses = assert_as_autograd(
+        batches(200), torch_model(activation, bias), rule, options, smoothing
+    )
+    assert losses[-50:].mean() < losses[:50].mean()  # it learned something
+
+
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+@pytest.mark.parametrize("widths", [(40, 40), (24, 50), (9, 70)], ids=str)
+@pytest.mark.parametrize("rows", [24, 40, 45])
+def test_widths_that_vectors_do_not_divide(rule: str, widths: tuple[int, int], rows: int) -> None:
+    """Updates tile by tile and in one run, of whole vectors, halves and what is left."""
+    # A larger eps: where AdamW's is small, a gradient that is all rounding makes a whole step.
+    options = SGD if rule == "SGD" else {**ADAMW, "eps": 1e-2}
+    assert_as_autograd(batches(20, rows), torch_model("tanh", widths=widths), rule, options)
 
 
 @EACH_RULE
@@ -1104,11 +1128,15 @@ def test_unchanged() -> None:
     owner = SimpleNamespace(state=value)
     holds = ((group, "lr", group["lr"]), (value, 0, value[0]), (owner, "state", value))
     sizes = ((group, None, 1), (value, None, 1))
-    assert _C.unchanged((*holds, *sizes))
+    keys = [torch.zeros(1) for _ in range(3)]
+    state: dict[Tensor, dict[str, Any]] = {key: {} for key in keys[:2]}
+    of_keys = [(state, key, state[key]) for key in (*keys[1::-1], keys[1])]  # in any order
+    assert _C.unchanged((*holds, *sizes, *of_keys))
     for broken in (
+        (state, keys[0], {}), (state, keys[2], {}), (state, keys[0].clone(), state[keys[0]]),
         (group, "lr", float("0.5")), (group, "momentum", 0.5), (value, 1, 1.5), (value, 0, None),
         (owner, "state", [1.5]), (group, None, 2), (value, None, 0),
     ):  # fmt: skip
-        assert not _C.unchanged((*holds, *sizes, broken))
+        assert not _C.unchanged((*holds, *sizes, *of_keys, broken))
     with pytest.raises(AttributeError):
         _C.unchanged(((owner, "missing", None),))

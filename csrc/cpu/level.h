@@ -199,12 +199,16 @@ void many_classes_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
 template <class T>
 using Few = Lanes<T, 64, 32>;
 template <class T>
+using FewRows = Lanes<T, 32, 32>;  // of a small batch
+template <class T>
 using NotSoFew = Lanes<T, 16, 128>;
 
 template <class T>
 double softmax_ce_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   if (a.classes == 0 || a.classes > 128) return many_classes_forward<T>(a, begin, end);
-  return a.classes <= 32 ? few_classes_forward<Few<T>>(a, begin, end) : few_classes_forward<NotSoFew<T>>(a, begin, end);
+  if (a.classes > 32) return few_classes_forward<NotSoFew<T>>(a, begin, end);
+  return end - begin <= FewRows<T>::lanes ? few_classes_forward<FewRows<T>>(a, begin, end)
+                                          : few_classes_forward<Few<T>>(a, begin, end);
 }
 
 template <class T>

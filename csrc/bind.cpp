@@ -46,10 +46,21 @@ std::string compiler() {
 #endif
 }
 
+// The value of this very key, or null: looked for from `at` on, where the last was found, as conditions are in the order
+// of a dict or nearly. The hash of a tensor, which a dict asks for, is a function in Python.
+PyObject* value_of(PyObject* dict, PyObject* key, Py_ssize_t& at) {
+  PyObject *here = nullptr, *value = nullptr;
+  for (int turn = 0; turn < 2; ++turn, at = 0)
+    while (PyDict_Next(dict, &at, &here, &value))
+      if (here == key) return value;
+  return nullptr;
+}
+
 // Whether things are as they were: of each (container, key, value), container[key] is still that very value. The
 // container is a dict, a list, or any object whose attribute the key names; with None for a key the value is the length
 // of a dict or list. A training step asks this of a whole model and its optimizer, so that it has to take nanoseconds.
 bool unchanged(const py::tuple& conditions) {
+  Py_ssize_t at = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(conditions.ptr()); ++i) {
     PyObject* const condition = PyTuple_GET_ITEM(conditions.ptr(), i);
     PyObject* const container = PyTuple_GET_ITEM(condition, 0);
@@ -61,7 +72,9 @@ bool unchanged(const py::tuple& conditions) {
       if (size != PyLong_AsSsize_t(value)) return false;
       continue;
     }
-    if (PyDict_Check(container)) {
+    if (PyDict_Check(container) && !PyUnicode_CheckExact(key)) {
+      found = value_of(container, key, at);
+    } else if (PyDict_Check(container)) {
       found = PyDict_GetItemWithError(container, key);
       if (!found && PyErr_Occurred()) throw py::error_already_set();
     } else if (PyList_Check(container)) {

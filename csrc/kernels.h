@@ -81,12 +81,6 @@ struct SoftmaxCE {
   // Forward: what each row loses, 0 on ignored rows, in the dtype of the input; only for reduction "none".
   void* loss = nullptr;
 
-  // Scratch of a backend whose forward takes two passes: what each row loses and counts, both in the compute dtype and 0
-  // on ignored rows, and a row whose class index is out of range, if there is one.
-  void* row_loss = nullptr;
-  void* row_weight = nullptr;
-  int64_t* bad_row = nullptr;
-
   // Backward, and forward if it is to write the gradient too: row i receives grad[i * grad_stride] / *total.
   const void* grad = nullptr;          // null: 1
   int64_t grad_stride = 0;             // elements: 1 for reduction "none", else 0

@@ -61,11 +61,6 @@ void define_others(StableLibrary& m) {
   m.def("adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] state, float[] groups) -> ()");
 }
 
-void register_on_cpu(StableLibrary& m) {
-  register_operations<Cpu>(m);
-  m.impl("softmax_ce_with_gradient", TORCH_BOX(&softmax_ce_with_gradient<Cpu>));
-}
-
 }  // namespace
 }  // namespace torchbp
 
@@ -74,10 +69,10 @@ STABLE_TORCH_LIBRARY(torchbp, m) {
   torchbp::define_others(m);
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp, CPU, m) {
-  torchbp::register_on_cpu(m);
+  torchbp::register_operations<torchbp::Cpu>(m);
   torchbp::register_optimizers<torchbp::Cpu>(m);
 }
 
 // The same without autograd, which the Functions call where nothing records or transforms them.
 STABLE_TORCH_LIBRARY(torchbp_kernels, m) { torchbp::define_operations(m); }
-STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) { torchbp::register_on_cpu(m); }
+STABLE_TORCH_LIBRARY_IMPL(torchbp_kernels, CPU, m) { torchbp::register_operations<torchbp::Cpu>(m); }

@@ -480,8 +480,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_ce(const Tensor& input_, const Tensor
   return {loss, lse, total};
 }
 
-// Returns (loss, dinput), the gradient for an upstream gradient of 1 written while the row is in cache: for a loss that
-// is one number. On the CPU alone.
+// Returns (loss, dinput), the gradient for an upstream gradient of 1 written while the row is at hand: for a loss that is
+// one number.
 template <class Backend>
 std::tuple<Tensor, Tensor> softmax_ce_with_gradient(const Tensor& input_, const Tensor& target_,
                                                     std::optional<Tensor> weight_, int64_t ignore_index,
@@ -495,7 +495,7 @@ std::tuple<Tensor, Tensor> softmax_ce_with_gradient(const Tensor& input_, const 
   const Tensor loss = empty({}, ce.dtype, input), dinput = result<Backend>({ce.n, ce.classes}, ce.dtype, input);
   double total;  // room for either compute dtype
   ce.grad_input = dinput.mutable_data_ptr();
-  Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), &total);
+  Backend::softmax_ce_forward(ce, reduction, loss.mutable_data_ptr(), Backend::on_cpu ? &total : nullptr);
   return {loss, dinput};
 }
 
@@ -649,6 +649,7 @@ void register_operations(StableLibrary& m) {
   m.impl("mlp", TORCH_BOX((&mlp<Backend>)));
   m.impl("mlp_backward", TORCH_BOX((&mlp_backward<Backend>)));
   m.impl("softmax_ce", TORCH_BOX((&softmax_ce<Backend>)));
+  m.impl("softmax_ce_with_gradient", TORCH_BOX((&softmax_ce_with_gradient<Backend>)));
   m.impl("softmax_ce_backward", TORCH_BOX((&softmax_ce_backward<Backend>)));
   m.impl("max_pieces", TORCH_BOX((&max_pieces<Backend>)));
   m.impl("max_pieces_backward", TORCH_BOX((&max_pieces_backward<Backend>)));

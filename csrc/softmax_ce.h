@@ -28,9 +28,12 @@ struct Row {
   C keep;         // 1 - s
   C smooth_each;  // s / C
 
-  TORCHBP_INLINE Row(const SoftmaxCE& a, int64_t i)
+  TORCHBP_INLINE Row(const SoftmaxCE& a, int64_t i) : Row(a, i, static_cast<const T*>(a.input) + i * a.classes) {}
+
+  // Row i, of which x is a copy.
+  TORCHBP_INLINE Row(const SoftmaxCE& a, int64_t i, const T* x)
       : a(a),
-        x(static_cast<const T*>(a.input) + i * a.classes),
+        x(x),
         q(static_cast<const T*>(a.probabilities) + i * a.classes),
         weight(static_cast<const T*>(a.weight)),
         i(i),
@@ -44,28 +47,28 @@ struct Row {
   // Whether q has a part besides the one-hot one.
   TORCHBP_INLINE bool has_soft() const { return a.soft || a.label_smoothing != 0; }
   TORCHBP_INLINE C w(int64_t c) const { return weight ? load(weight[c]) : C(1); }
+  // What a mean counts of a row that is neither ignored nor out of range. Over no classes it is 0 / 0, as in PyTorch.
+  TORCHBP_INLINE C counts() const { return a.classes == 0 ? C(0) : a.soft ? C(1) : w(target); }
   TORCHBP_INLINE C soft(int64_t c) const { return a.soft ? keep * load(q[c]) + smooth_each : smooth_each; }
 
-  // What a row that is neither ignored nor out of range loses and counts, with lse = shift + log_sum: the shift is an x
-  // itself, so that no digit of a difference of large x is lost. All threads of the group call this.
+  // What a row that is neither ignored nor out of range loses, with lse = shift + log_sum: the shift is an x itself, so
+  // that no digit of a difference of large x is lost. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void loss(const Group& group, C shift, C log_sum, C& loss, C& count) const {
+  TORCHBP_INLINE C loss(const Group& group, C shift, C log_sum) const {
     const auto below = [&](int64_t c) { return (shift - load(x[c])) + log_sum; };
-    loss = 0;
-    count = a.classes > 0 ? 1 : 0;  // a mean over no classes is 0 / 0, as in PyTorch
+    C lost = 0;
     if (has_soft()) {
-      loss = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * below(c); }));
+      lost = static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c) * below(c); }));
     }
-    if (!a.soft) {
-      count = w(target);
-      loss += keep * count * below(target);
-    }
+    if (!a.soft) lost += keep * w(target) * below(target);
+    return lost;
   }
 
   // dloss, divided by what a mean was divided by.
-  TORCHBP_INLINE C upstream() const {
+  TORCHBP_INLINE C upstream() const { return upstream(*static_cast<const C*>(a.total)); }
+  TORCHBP_INLINE C upstream(C total) const {
     const C dloss = a.grad ? load(static_cast<const T*>(a.grad)[i * a.grad_stride]) : C(1);
-    return dloss / *static_cast<const C*>(a.total);
+    return dloss / total;
   }
   // w q where the target is, without what smoothing puts there.
   TORCHBP_INLINE C onehot() const { return a.soft ? C(0) : keep * w(target); }
@@ -77,16 +80,15 @@ struct Row {
     return static_cast<C>(group.sum_of(a.classes, [&](int64_t c) { return w(c) * soft(c); })) + onehot();
   }
 
-  // Writes the gradient of the logits, with p = exp(x - shift) / sum: not exp(x - lse), as lse has lost the digits of
-  // log(sum) where x is large. All threads of the group call this.
+  // Writes the gradient of the logits, given the upstream one, to dx, which may be x, with p = exp(x - shift) / sum: not
+  // exp(x - lse), as lse has lost the digits of log(sum) where x is large. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void backward(const Group& group, C shift, C sum) const {
-    T* dx = static_cast<T*>(a.grad_input) + i * a.classes;
+  TORCHBP_INLINE void backward(const Group& group, C g, C shift, C sum, T* dx) const {
     if (ignored() || !in_range()) {
       for (int64_t c = group.rank; c < a.classes; c += group.size) store(dx + c, C(0));
       return;
     }
-    const C g = upstream(), hot = g * onehot(), scale = g * mass(group) / sum;
+    const C hot = g * onehot(), scale = g * mass(group) / sum;
     const auto at_target = [&](int64_t c) { return c == target ? hot : C(0); };
     if (has_soft())
       for (int64_t c = group.rank; c < a.classes; c += group.size)
@@ -96,10 +98,9 @@ struct Row {
         store(dx + c, scale * exp(load(x[c]) - shift) - at_target(c));
   }
 
-  // Writes the gradient of class probabilities. All threads of the group call this.
+  // Writes the gradient of class probabilities to dq, which may be x. All threads of the group call this.
   template <class Group>
-  TORCHBP_INLINE void backward_probabilities(const Group& group, C lse) const {
-    T* dq = static_cast<T*>(a.grad_probabilities) + i * a.classes;
+  TORCHBP_INLINE void backward_probabilities(const Group& group, C lse, T* dq) const {
     const C g = upstream();
     for (int64_t c = group.rank; c < a.classes; c += group.size) store(dq + c, g * keep * w(c) * (lse - load(x[c])));
   }

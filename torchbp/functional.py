@@ -307,7 +307,9 @@ def cross_entropy(
         one number, or for reduction "none" the shape of input without C.
 
     Raises:
-        IndexError: a class index is out of range.
+        IndexError: a class index is out of range. On a GPU, which is not waited for, the loss is
+            nan and a later call raises (backward, or the next loss); with CUDA_LAUNCH_BLOCKING=1
+            this one does.
 
     Example:
         >>> cross_entropy(torch.tensor([[3.2, 5.1, -1.7]]), torch.tensor([0]))

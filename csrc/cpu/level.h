@@ -170,12 +170,12 @@ double many_classes_forward(const SoftmaxCE& a, int64_t begin, int64_t end) {
   double sum = 0;
   for (int64_t i = begin; i < end; ++i) {
     const Row<T> row(a, i);
-    C shift, lost = 0, counted = 0;
+    C shift;
     double total;
     many.softmax(row.x, shift, total);
     const C log_sum = log(static_cast<C>(total));
     if (a.grad_input) many.gradient(row, shift, total);
-    if (!row.ignored()) row.loss(OneThread(), shift, log_sum, lost, counted);
+    const C lost = row.ignored() ? C(0) : row.loss(OneThread(), shift, log_sum);
     sum += lost;
     if (a.loss) store(static_cast<T*>(a.loss) + i, lost);
     if (a.lse) static_cast<C*>(a.lse)[i] = shift + log_sum;
@@ -221,7 +221,8 @@ void softmax_ce_backward(const SoftmaxCE& a, int64_t begin, int64_t end) {
     few_classes_backward<Few<T>>(a, begin, end);
   if (a.grad_probabilities)
     for (int64_t i = begin; i < end; ++i)
-      Row<T>(a, i).backward_probabilities(OneThread(), static_cast<const Compute<T>*>(a.lse)[i]);
+      Row<T>(a, i).backward_probabilities(OneThread(), static_cast<const Compute<T>*>(a.lse)[i],
+                                          static_cast<T*>(a.grad_probabilities) + i * a.classes);
 }
 
 // ---- maxout ------------------------------------------------------------------------------------------------------

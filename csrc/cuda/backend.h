@@ -1,8 +1,12 @@
 // The CUDA backend: what ops.h calls to run a description on a GPU. The functions are those of cpu/backend.h.
 //
 // Every call launches on the device of its description and on PyTorch's current stream of that device, and returns
-// without waiting, with one exception: softmax_ce_forward with class indices waits for its kernel, so that an index out
-// of range raises here. While the stream is being captured into a CUDA graph it cannot wait; such a row's loss is NaN.
+// without waiting.
+//
+// So a class index out of range raises late: the loss is nan and the row counts nothing, and the next call of a
+// cross-entropy or of its backward on that device which finds the kernel done raises. Nothing is poisoned, and everything
+// goes on. Waiting for each loss would cost more than its kernel: the host could never run ahead. Where launches wait
+// (CUDA_LAUNCH_BLOCKING=1) the call itself raises.
 //
 // Every result is the same at each run: sums are made in an order that depends on the sizes alone.
 #pragma once
@@ -20,8 +24,11 @@ struct Cuda {
   static constexpr bool own_products = false;  // PyTorch's: cuBLAS
 
   static void elementwise(Kernel kernel, const Loop& loop);
+  // `total` may be null.
   static void softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* loss, void* total);
   static void softmax_ce_backward(const SoftmaxCE& ce);
+  // From the gradient for an upstream gradient of 1, in ce.grad_input, to that for *ce.grad, which the GPU reads.
+  static void softmax_ce_scale(const SoftmaxCE& ce, Reduction reduction);
   static void maxout_forward(const Maxout& maxout);
   static void maxout_backward(const Maxout& maxout);
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);

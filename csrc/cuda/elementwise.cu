@@ -66,20 +66,6 @@ __global__ void __launch_bounds__(kThreads) contiguous(Pointers<F> p, int64_t nu
 
 // ---- strided and broadcast ---------------------------------------------------------------------------------------
 
-// n / divisor for 0 <= n < 2^31 as a multiplication (Granlund and Montgomery 1994, figure 4.1): with
-// shift = ceil(log2 divisor) and multiplier = floor(2^32 (2^shift - divisor) / divisor) + 1, the quotient is
-// (n + high word of n * multiplier) >> shift.
-struct Divider {
-  uint32_t divisor, multiplier, shift;
-
-  Divider() = default;
-  explicit Divider(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(0) {
-    while ((int64_t(1) << shift) < d) ++shift;
-    multiplier = static_cast<uint32_t>((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d) / d + 1);
-  }
-  __device__ __forceinline__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
-};
-
 // A Loop as a kernel parameter: fewer dimensions and fewer than 2^31 elements.
 constexpr int kWalkDims = 16;
 struct Walk {

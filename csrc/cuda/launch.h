@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -24,6 +26,20 @@ template <class T, int n = 16 / sizeof(T)>
 struct alignas(n * sizeof(T)) Pack {
   static constexpr int size = n;
   T value[size];
+};
+
+// n / divisor for 0 <= n < 2^31 as a multiplication (Granlund and Montgomery 1994, figure 4.1): with
+// shift = ceil(log2 divisor) and multiplier = floor(2^32 (2^shift - divisor) / divisor) + 1, the quotient is
+// (n + high word of n * multiplier) >> shift.
+struct Divider {
+  uint32_t divisor, multiplier, shift;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(0) {
+    while ((int64_t(1) << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d) / d + 1);
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const { return (n + __umulhi(n, multiplier)) >> shift; }
 };
 
 // Blocks of `threads` threads for `items` pieces of work. A grid ends at 2^31 - 1 blocks; kernels step through the rest.
@@ -48,10 +64,21 @@ public:
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                   std::type_identity_t<Parameters>... arguments) const {
+    with_shared(0, kernel, blocks, threads, arguments...);
+  }
+
+  // Each block has `bytes` of shared memory besides its static one: dynamic_shared().
+  template <class... Parameters>
+  void with_shared(size_t bytes, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                   std::type_identity_t<Parameters>... arguments) const {
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(blocks);
     launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = bytes;
     launch.stream = stream_;
+    if (bytes > (48 << 10))  // as much as there is without asking
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
     check(cudaLaunchKernelEx(&launch, kernel, arguments...));
   }
 
@@ -74,6 +101,12 @@ private:
   cudaStream_t stream_;
 };
 
+// Memory for one call, from PyTorch's caching allocator, which knows the stream and CUDA graphs.
+inline torch::stable::Tensor scratch(ScalarType dtype, int64_t n, int32_t device) {
+  return torch::stable::empty({n}, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+}
+
 // Calls f with a value of the C++ type of a dtype. ops.h has refused every other dtype before.
 template <class F>
 void with_type(ScalarType dtype, const F& f) {
@@ -87,6 +120,16 @@ void with_type(ScalarType dtype, const F& f) {
     default:
       return f(Half());
   }
+}
+
+// The shared memory that a launch asked for, aligned to 16 bytes.
+__device__ __forceinline__ void* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 memory[];
+  return memory;
+#else
+  return emulator::dynamic_shared();
+#endif
 }
 
 // This thread's place among all threads of the launch, and their number.

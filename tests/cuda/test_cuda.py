@@ -6,6 +6,7 @@ gradients, products and reductions are at most twice as far off in norm as PyTor
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,14 @@ from torch import Tensor
 import torchbp
 import torchbp.functional as F
 from tests.compare import assert_close_in_norm, assert_within_ulps
+from tests.functions.test_softmax_ce import (
+    OPTIONS,
+    in_float64,
+    in_two,
+    loss_and_grad,
+    problem,
+    sizes,
+)
 from tests.machine import EMULATED, GPU
 from tests.ops import CASES, DTYPES, OPS, Case
 from torchbp.data import BatchLoader
@@ -86,12 +95,117 @@ def test_large_tensors(n: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(F.multiply(x, x), x * x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("classes", [2, 10, 1000, 50257])
-def test_many_classes(classes: int) -> None:
-    input, target = torch.randn(64, classes), torch.randint(classes, (64,))
-    exact = torch.nn.functional.cross_entropy(input.double(), target)
-    loss = F.cross_entropy(input.to(GPU), target.to(GPU))
-    torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-6, atol=0)
+#: Classes, and rows, of each of the kernels: a thread, a warp, and a block of 512 or 1024 threads to
+#: a row; more rows than a block has at a time, none, and one. What does not divide 16 bytes makes
+#: rows that begin anywhere. 60,000 float32 do not fit in shared memory.
+CLASSES = {
+    **dict.fromkeys([2, 3, 10, 31, 32], [0, 1, 131]),
+    **dict.fromkeys([33, 1000, 1023], [1, 6]),
+    4096: [1, 2],
+    **dict.fromkeys([8200, 50257, 60001], [2]),
+}
+
+
+def moved(function: Any, offset: int = 0) -> Any:
+    """A loss, computed on the GPU: of logits that begin `offset` elements into their memory."""
+
+    def run(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+        x = input.to(GPU)
+        x = torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(x.shape)
+        if weight is not None:
+            options["weight"] = weight.to(GPU)
+        loss: Tensor = function(x, target.to(GPU), **options)
+        return loss.cpu()
+
+    return run
+
+
+@pytest.mark.parametrize(("classes", "rows"), CLASSES.items(), ids=lambda v: str(v))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@EACH_DTYPE
+def test_cross_entropy(
+    classes: int, rows: list[int], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Loss and gradient of each kernel, in one and in two, to the bounds of the CPU's."""
+    if EMULATED and not (
+        dtype == torch.float32
+        or (dtype == torch.bfloat16 and classes < 8000)
+        or (dtype == torch.float64 and classes < 1000)
+    ):
+        pytest.skip("the emulator is slow")
+    for n in rows:
+        input, target, given = problem(n, classes, dtype, options) if n else empty(classes, dtype)
+        wide, exactly = in_float64(target, given)
+        for reduction in {given.get("reduction", "mean"), "none"}:
+            of_rows, exact_rows = ({**o, "reduction": reduction} for o in (given, exactly))
+            exact = loss_and_grad(TF.cross_entropy, input.double(), wide, exact_rows)
+            theirs = loss_and_grad(moved(TF.cross_entropy), input, target, of_rows)
+            for function, offset in ((F.cross_entropy, 0), (in_two, 0), (F.cross_entropy, 1)):
+                ours = loss_and_grad(moved(function, offset), input, target, of_rows)
+                assert torch.equal(ours[0].isnan(), exact[0].isnan())  # a mean of nothing
+                for i, size in enumerate(sizes(input, wide, exact_rows) if n else ()):
+                    roundings = 4 + (classes**0.5 if dtype == torch.float64 else 0)
+                    error, peer = ((v[i].double() - exact[i]).norm() for v in (ours, theirs))
+                    allowed = 2 * peer + roundings * torch.finfo(dtype).eps * size.norm()
+                    where = f"{function.__name__}, {n} rows, {reduction}, {('loss', 'grad')[i]}"
+                    assert error <= allowed, f"{where}: {error:.3g} off, allowed {allowed:.3g}"
+
+
+def empty(classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A problem of no rows."""
+    return torch.empty(0, classes, dtype=dtype), torch.empty(0, dtype=torch.int64), {}
+
+
+@pytest.mark.parametrize("classes", [1, 10, 100, 3000, 60001])
+def test_gradient_of_probabilities(classes: int) -> None:
+    """Alone, and together with that of the logits."""
+    x, q = torch.randn(3, classes), torch.randn(3, classes).softmax(1)
+    options = {"label_smoothing": 0.1, "weight": torch.rand(classes) + 0.5}
+    for free in ((1,), (0, 1)):
+        grads = []
+        for function, dtype in (
+            (moved(F.cross_entropy), torch.float32),
+            (TF.cross_entropy, torch.float64),
+        ):
+            inputs = [t.to(dtype).requires_grad_(i in free) for i, t in enumerate((x, q))]
+            weight = options["weight"].to(dtype)
+            loss = function(*inputs, weight=weight, label_smoothing=0.1)
+            grads.append(torch.autograd.grad(loss, [inputs[i] for i in free]))
+        for mine, exact in zip(*grads, strict=True):
+            # A dozen roundings of log(p), which is at most 20, times 1.5 / 3.
+            torch.testing.assert_close(
+                mine.double(), exact, rtol=1e-5, atol=2e-6 * exact.abs().max()
+            )
+
+
+@pytest.mark.parametrize("classes", [10, 100, 3000])
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 65536.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("options", [{}, {"weight": True}, {"reduction": "sum"}, {"soft": True}])
+def test_upstream_gradients(classes: int, upstream: float, options: dict[str, Any]) -> None:
+    """Scaled by what only the GPU sees, once and again where the graph is kept."""
+    input, target, options = problem(3000 // classes + 1, classes, torch.float32, options)
+    if not target.is_floating_point():
+        target[::3] = -100
+    grads = []
+    for function in (moved(F.cross_entropy), TF.cross_entropy):
+        x = input.clone().requires_grad_()
+        loss = function(x, target, **options) * upstream
+        first, second = (torch.autograd.grad(loss, x, retain_graph=k)[0] for k in (True, False))
+        assert torch.equal(first, second) or first.isnan().any()
+        grads.append(second)
+    grads[1][target == -100 if target.dim() == 1 else slice(0)] = 0  # torch: nan * 0 where nan
+    # Ten roundings of what is at most 1 before it is scaled.
+    atol = 1e-6 * abs(upstream) if math.isfinite(upstream) else 0
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=atol, equal_nan=True)
+
+
+@REAL
+@pytest.mark.parametrize("classes", [10, 100, 3000])
+def test_the_same_at_each_run(classes: int) -> None:
+    """Whichever block ends last."""
+    x, target = torch.randn(9000, classes, device=GPU), torch.arange(9000, device=GPU) % classes
+    losses = [F.cross_entropy(x, target).item() for _ in range(3)]
+    assert len(set(losses)) == 1
 
 
 @pytest.mark.parametrize("classes", [3, 40, 3000])
@@ -190,11 +304,33 @@ def test_an_image_that_is_not_there_is_nan() -> None:
     assert (x[[0, 3]] == 2).all()
 
 
-def test_class_index_out_of_range_raises_and_the_device_goes_on() -> None:
-    input, target = torch.randn(4, 3, device=GPU), torch.tensor([0, 1, 3, 2], device=GPU)
-    with pytest.raises(IndexError, match=r"from 0 to 2 .*got 3 at position 2"):
-        F.cross_entropy(input, target)
-    assert F.relu(input).sum().isfinite()
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [3, 300])
+def test_class_index_out_of_range(classes: int, reduction: str) -> None:
+    """Raises when the kernel has run, the first one, once; and the device goes on."""
+    x = torch.randn(4, classes, device=GPU, requires_grad=True)
+    bad = torch.tensor([0, 1, classes, -5], device=GPU)
+    good = bad.clamp(0, classes - 1)
+    with pytest.raises(IndexError, match=rf"from 0 to {classes - 1}.*got {classes} at position 2"):
+        late(x, bad, good, reduction)
+    late(x, good, good, reduction)
+
+
+def late(x: Tensor, target: Tensor, then: Tensor, reduction: str) -> None:
+    loss = F.cross_entropy(x, target, reduction=reduction)
+    loss.cpu()
+    F.cross_entropy(x, then, reduction=reduction)
+
+
+@REAL
+def test_a_class_index_out_of_range_counts_nothing() -> None:
+    x = torch.randn(4, 3, device=GPU, requires_grad=True)
+    loss = F.cross_entropy(x, torch.tensor([0, 1, 3, 2], device=GPU), reduction="sum")
+    assert loss.isnan()
+    with pytest.raises(IndexError):
+        loss.backward()
+    (mine,) = torch.autograd.grad(F.cross_entropy(x[:2], torch.tensor([0, 1], device=GPU)), x)
+    assert mine.isfinite().all()
 
 
 @REAL

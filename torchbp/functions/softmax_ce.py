@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -223,7 +223,7 @@ def unsure(target: Tensor, ignore_index: int, label_smoothing: float) -> bool:
 
 
 class Eager(Function):
-    """SoftmaxCE's loss in plain eager mode on the CPU: forward writes the gradient as well.
+    """SoftmaxCE's loss in plain eager mode: forward writes the gradient as well.
 
     One pass over the logits instead of two, and backward only hands the gradient out, scaled by
     dL/dloss. It takes the memory that backward would take a moment later. Whatever differentiates
@@ -253,6 +253,18 @@ class Eager(Function):
         input, target, weight, gradient = ctx.saved_tensors
         again = not fast_backward(grad_loss)
         known = not (again or is_traced() or type(grad_loss) is not Tensor)
+        if known and on_gpu(gradient):
+            # A kernel looks at the factor: the GPU would have to be waited for to see it here.
+            gradient = gradient.clone() if _keeps_graph() else gradient
+            ignore_index, reduction, smoothing = ctx.options
+            try:
+                torch.ops.torchbp_cuda.softmax_ce_scale_(
+                    gradient, grad_loss, input, target, weight, ignore_index, REDUCTIONS[reduction],
+                    smoothing,
+                )  # fmt: skip
+            except RuntimeError as error:
+                raise_late(error)
+            return gradient, *[None] * 5
         factor = grad_loss.item() if known else 1.0
         # An ignored row has gradient 0 whatever arrives, which 0 times infinity is not.
         if again or not math.isfinite(factor):
@@ -264,6 +276,23 @@ class Eager(Function):
         elif factor != 1:
             gradient.mul_(grad_loss)
         return gradient, *[None] * 5
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU."""
+    return tensor.is_cuda
+
+
+def raise_late(error: Exception) -> NoReturn:
+    """Raise an error, as an IndexError if an operation found a class index out of range.
+
+    A GPU is not waited for: such an index is reported, by any later call, when the kernel has run.
+    """
+    message = str(error)
+    begin = message.find("target wants class indices")
+    if begin < 0:
+        raise error
+    raise IndexError(f"cross_entropy: {message[begin:].splitlines()[0]}") from None
 
 
 _apply_eager = eager(Eager, SoftmaxCE)
@@ -279,17 +308,21 @@ def softmax_ce_loss(
     label_smoothing: float,
 ) -> Tensor:
     """The loss of SoftmaxCE, the fastest way; the arguments are those of SoftmaxCE.apply."""
-    if (
-        input.requires_grad
-        and input.is_cpu
-        and reduction != "none"
-        and plain()
-        and not target.requires_grad
-        and not (isinstance(weight, Tensor) and weight.requires_grad)
-        and not unsure(target, ignore_index, label_smoothing)
-    ):
-        return _apply_eager(input, target, weight, ignore_index, reduction, label_smoothing)
-    loss, *_ = call(SoftmaxCE, input, target, weight, ignore_index, reduction, label_smoothing)
+    arguments = input, target, weight, ignore_index, reduction, label_smoothing
+    try:
+        if (
+            input.requires_grad
+            and (input.is_cpu or on_gpu(input))
+            and reduction != "none"
+            and plain()
+            and not target.requires_grad
+            and not (isinstance(weight, Tensor) and weight.requires_grad)
+            and not unsure(target, ignore_index, label_smoothing)
+        ):
+            return _apply_eager(*arguments)  # type: ignore[no-any-return]
+        loss, *_ = call(SoftmaxCE, *arguments)
+    except RuntimeError as error:
+        raise_late(error)
     return loss
 
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <tuple>
@@ -36,12 +37,20 @@ const Place& place();
 
 // Runs body() for every thread of every block. Raises if some threads of a block or of a warp wait for others that never
 // come.
-void run(unsigned blocks, unsigned threads, const std::function<void()>& body);
+void run(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& body);
 
 void wait_for_block();
 void wait_for_warp(unsigned mask);
 // Room for 8 bytes of each thread of this thread's warp.
 uint64_t* of_warp();
+// What the launch asked for; noise at first.
+void* dynamic_shared();
+// That a kernel may ask for more than 48 KiB of it, up to `bytes`.
+void allow_shared(const void* kernel, size_t bytes);
+void check_shared(const void* kernel, size_t bytes);
+// The copies that this thread has begun (cuda_pipeline.h): they take place when it waits for them.
+void copy_later(void* to, const void* from, size_t size);
+void copy_now();
 
 }  // namespace emulator
 
@@ -74,11 +83,18 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 
 template <class T>
-T atomicMin(T* at, T value) {
+T atomicAdd(T* at, T value) {
   const T before = *at;
-  *at = std::min(before, value);
+  *at += value;
   return before;
 }
+
+template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 // ---- the runtime -------------------------------------------------------------------------------------------------
 
@@ -99,7 +115,20 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
-  emulator::run(config->gridDim.x, config->blockDim.x, [&] { std::apply(kernel, copies); });
+  emulator::check_shared(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes);
+  emulator::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
+  return cudaSuccess;
+}
+
+constexpr int kMostShared = 232448;  // bytes of a block on an H100
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulator::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = kMostShared;
   return cudaSuccess;
 }
 
@@ -108,14 +137,9 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, size);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
-  std::memset(to, byte, size);
+enum { cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
+inline cudaError_t cudaHostAlloc(void** memory, size_t size, unsigned) {
+  *memory = std::malloc(size);
   return cudaSuccess;
 }

@@ -5,7 +5,10 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -30,6 +33,12 @@ struct Fiber {
   bool entered = false;
   State state;
   unsigned mask;  // of the lanes that it waits for
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t size;
+  };
+  std::vector<Copy> copies;  // that it has begun
 };
 
 // The block that runs. One at a time: PyTorch calls operations of one thread, and so do the tests.
@@ -39,6 +48,7 @@ struct Block {
   jmp_buf caller;
   std::vector<std::unique_ptr<Fiber>> fibers;  // as many as the largest block so far had threads
   std::vector<uint64_t> exchange;
+  std::vector<std::max_align_t> shared;
   std::exception_ptr error;
   std::minstd_rand random{1};
 
@@ -132,15 +142,44 @@ void run_block() {
 
 const Place& place() { return block.place; }
 
-void run(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+void run(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& body) {
   STD_TORCH_CHECK(blocks >= 1 && threads >= 1 && threads <= 1024, "emulator: no GPU launches ", blocks, " blocks of ",
                   threads, " threads");
   block.body = &body;
   for (unsigned b = 0; b < blocks; ++b) {
     block.place = {0, b, threads, blocks};
     for (unsigned t = 0; t < std::min<size_t>(threads, block.fibers.size()); ++t) block.fiber(t).state = State::ready;
+    block.shared.resize(shared / sizeof(std::max_align_t) + 1);
+    std::memset(block.shared.data(), 0xFF, shared);  // nan
     run_block();
   }
+}
+
+void* dynamic_shared() { return block.shared.data(); }
+
+namespace {
+std::map<const void*, size_t> allowed;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  STD_TORCH_CHECK(bytes <= kMostShared, "emulator: no GPU has ", bytes, " bytes of shared memory for a block");
+  allowed[kernel] = bytes;
+}
+
+void check_shared(const void* kernel, size_t bytes) {
+  STD_TORCH_CHECK(bytes <= (48 << 10) || (allowed.count(kernel) && bytes <= allowed[kernel]), "emulator: ", bytes,
+                  " bytes of shared memory were not asked for");
+}
+
+void copy_later(void* to, const void* from, size_t size) {
+  const auto places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  STD_TORCH_CHECK(places % size == 0, "emulator: a copy of ", size, " bytes is not aligned");
+  block.current().copies.push_back({to, from, size});
+}
+
+void copy_now() {
+  for (const Fiber::Copy& copy : block.current().copies) std::memcpy(copy.to, copy.from, copy.size);
+  block.current().copies.clear();
 }
 
 void wait_for_block() { pause(State::at_block); }

@@ -1,7 +1,8 @@
 // Every operation of torchbp, written once for all devices: shapes, layouts, errors, and which kernel runs.
 //
 // A device's library includes this file, names its Backend (cpu/backend.h lists what one has to offer) and calls
-// register_operations<Backend>. Products go to PyTorch's own linear and mm (MKL, oneDNN, cuBLAS).
+// register_operations<Backend>. Products that the backend does not take go to PyTorch's own linear and mm (MKL, oneDNN,
+// cuBLAS).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -302,6 +303,9 @@ std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& weight, const st
                                  const Activation& f, double parameter) {
   if constexpr (Backend::own_products)
     if (Backend::fits(x, weight)) return Backend::linear(x, weight, bias, f, parameter);
+  if constexpr (Backend::fused_products)
+    if (bias && f.forward == Kernel::relu_forward)
+      if (const auto y = Backend::affine_relu(x, weight, *bias)) return {*y, nothing(*y)};
   return activate<Backend>(affine(x, weight, bias), f, parameter);
 }
 
@@ -321,6 +325,10 @@ std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const T
                                       bool need_weight, bool need_bias) {
   if constexpr (Backend::own_products)
     if (Backend::fits(x, weight)) return Backend::affine_backward(dz, x, weight, need_x, need_weight, need_bias);
+  if constexpr (Backend::fused_products)
+    if (need_weight && need_bias)
+      if (const auto both = Backend::weight_and_bias_gradient(dz, x))
+        return {need_x ? mm(dz, weight) : nothing(dz), (*both)[0], (*both)[1]};
   const std::array<int64_t, 1> rows{0};
   return {need_x ? mm(dz, weight) : nothing(dz), need_weight ? mm(transpose(dz), x) : nothing(dz),
           need_bias ? torch::stable::sum(dz, rows) : nothing(dz)};

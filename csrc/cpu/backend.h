@@ -38,6 +38,7 @@ struct Cpu {
   // Products of this backend's own (products.cpp), where they fit; ops.h has checked the arguments of linear, and falls
   // back on PyTorch's where they do not fit.
   static constexpr bool own_products = true;
+  static constexpr bool fused_products = false;  // what cuda/backend.h has
   static bool fits(const Tensor& x, const Tensor& weight);
   static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Activation& f, double parameter);

@@ -1,7 +1,7 @@
 // The CUDA backend: what ops.h calls to run a description on a GPU. The functions are those of cpu/backend.h.
 //
 // Every call launches on the device of its description and on PyTorch's current stream of that device, and returns
-// without waiting.
+// without waiting (but for the first product of a size with a ReLU, which is tried out).
 //
 // So a class index out of range raises late: the loss is nan and the row counts nothing, and the next call of a
 // cross-entropy or of its backward on that device which finds the kernel done raises. Nothing is poisoned, and everything
@@ -13,6 +13,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <optional>
 #include <vector>
 
 #include "../kernels.h"
@@ -21,7 +23,13 @@
 namespace torchbp {
 
 struct Cuda {
+  using Tensor = torch::stable::Tensor;
+
   static constexpr bool own_products = false;  // PyTorch's: cuBLAS
+  // relu(x W^T + b), and (dz^T x, sum of dz over the rows), of matrices, in one; nothing if cuBLASLt has no such product.
+  static constexpr bool fused_products = true;
+  static std::optional<Tensor> affine_relu(const Tensor& x, const Tensor& weight, const Tensor& bias);
+  static std::optional<std::array<Tensor, 2>> weight_and_bias_gradient(const Tensor& dz, const Tensor& x);
 
   static void elementwise(Kernel kernel, const Loop& loop);
   // `total` may be null.

@@ -95,15 +95,15 @@ def test_large_tensors(n: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(F.multiply(x, x), x * x, rtol=0, atol=0)
 
 
-#: Classes, and rows, of each of the kernels: a thread, a warp, and a block of 512 or 1024 threads to
-#: a row; more rows than a block has at a time, none, and one. What does not divide 16 bytes makes
-#: rows that begin anywhere. 60,000 float32 do not fit in shared memory.
-CLASSES = {
-    **dict.fromkeys([2, 3, 10, 31, 32], [0, 1, 131]),
-    **dict.fromkeys([33, 1000, 1023], [1, 6]),
-    4096: [1, 2],
-    **dict.fromkeys([8200, 50257, 60001], [2]),
-}
+#: Classes, and rows, of each of the kernels: a thread, a warp, and a block of 512 or 1024 threads
+#: to a row; more rows than a block has at a time, none, and one. What does not divide 16 bytes
+#: makes rows that begin anywhere. 60,000 float32 do not fit in shared memory.
+CLASSES = [
+    *((classes, (0, 1, 131)) for classes in (2, 3, 10, 31, 32)),
+    *((classes, (1, 6)) for classes in (33, 1000, 1023)),
+    (4096, (1, 2)),
+    *((classes, (2,)) for classes in (8200, 50257, 60001)),
+]
 
 
 def moved(function: Any, offset: int = 0) -> Any:
@@ -120,11 +120,11 @@ def moved(function: Any, offset: int = 0) -> Any:
     return run
 
 
-@pytest.mark.parametrize(("classes", "rows"), CLASSES.items(), ids=lambda v: str(v))
+@pytest.mark.parametrize(("classes", "rows"), CLASSES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @EACH_DTYPE
 def test_cross_entropy(
-    classes: int, rows: list[int], options: dict[str, Any], dtype: torch.dtype
+    classes: int, rows: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Loss and gradient of each kernel, in one and in two, to the bounds of the CPU's."""
     if EMULATED and not (
@@ -225,6 +225,67 @@ def test_logits_of_any_size(classes: int, options: dict[str, Any]) -> None:
         grads.append(grad.cpu().double())
     # Ten roundings of p and q, which are at most 1, and of the distance to the largest logit.
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid"])
+@pytest.mark.parametrize("shape", [(16, 8, 32), (9, 32, 24), (5, 7, 6), (1, 16, 16)])
+def test_products(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
+    """Sizes with an epilogue and without, transposed and sliced, to PyTorch's bounds."""
+    n, inputs, outputs = shape
+    x, weight, bias = torch.randn(n, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    dy = torch.randn(n, outputs)
+    f: Any = {"none": lambda z: z}.get(activation) or getattr(torch, activation)
+
+    def ours(*t: Tensor) -> Tensor:
+        return F.linear(*t, activation=activation)
+
+    def theirs(*t: Tensor) -> Tensor:
+        result: Tensor = f(TF.linear(*t))
+        return result
+
+    def run(function: Any, *tensors: Tensor) -> list[Tensor]:
+        free = [t.detach().requires_grad_() for t in tensors[:3]]
+        y = function(*free)
+        return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, free, tensors[3]))]
+
+    values = [t.to(dtype) for t in (x, weight, bias, dy)]
+    exact = run(theirs, *(t.double() for t in values))
+    for lay in (lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, shifted):
+        on_device = [lay(t.to(GPU)) for t in values]
+        for mine, wanted, peer in zip(
+            run(ours, *on_device), exact, run(theirs, *on_device), strict=True
+        ):
+            assert_close_in_norm(mine, wanted, peer)
+
+
+def shifted(t: Tensor) -> Tensor:
+    """The same, one element into its memory: never aligned to 16 bytes."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("outputs", [16, 24])
+def test_relu_of_a_product_keeps_nan(outputs: int) -> None:
+    x, weight = torch.randn(8, 16, device=GPU), torch.randn(outputs, 16, device=GPU)
+    x[3, 5] = torch.nan
+    y = F.linear(x, weight, torch.zeros(outputs, device=GPU), activation="relu")
+    assert y.isnan().all(1).tolist() == [i == 3 for i in range(8)]
+    assert (y[~y.isnan()] >= 0).all()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@REAL
+def test_products_follow_the_setting_of_tf32(tf32: bool) -> None:
+    x, weight = torch.randn(256, 512, device=GPU), torch.randn(128, 512, device=GPU)
+    exact = torch.relu(x.double() @ weight.double().mT)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        y = F.linear(x, weight, torch.zeros(128, device=GPU), activation="relu")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    # Factors of 11 bits are off by 2^-12, those of 24 and their sum by far less.
+    assert bool((y - exact).norm() > 2**-15 * exact.norm()) == tf32
 
 
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (

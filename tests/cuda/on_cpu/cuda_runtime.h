@@ -48,6 +48,8 @@ void* dynamic_shared();
 // That a kernel may ask for more than 48 KiB of it, up to `bytes`.
 void allow_shared(const void* kernel, size_t bytes);
 void check_shared(const void* kernel, size_t bytes);
+// A function of the cuBLAS of cublas.cpp.
+void* cublas(const char* name);
 // The copies that this thread has begun (cuda_pipeline.h): they take place when it waits for them.
 void copy_later(void* to, const void* from, size_t size);
 void copy_now();
@@ -135,6 +137,18 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
+  std::memset(to, byte, size);
   return cudaSuccess;
 }
 

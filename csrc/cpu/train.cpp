@@ -8,8 +8,7 @@
 #include <memory>
 #include <string>
 
-#include "../handles.h"
-#include "../ops.h"
+#include "../trainer.h"
 #include "backend.h"
 #include "gemm.h"
 #include "images.h"
@@ -19,95 +18,24 @@
 namespace torchbp {
 namespace {
 
-constexpr const char* kOp = "trainer";
-
 // Below this many multiplications a call is over before a team would have come together (70 us).
 constexpr double kAlone = 1 << 22;
 
-void check_operand(const char* argument, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), "torchbp::", kOp, ": ", argument,
-                  " wants a contiguous CPU tensor of dtype ", dtype == ScalarType::Long ? "int64" : "float32");
-}
-
-// A parameter, what the optimizer keeps for it, and the row of hyperparameters that it follows.
-struct Trained {
-  Tensor value;
-  int64_t numel;
-  bool is_weight;
-  size_t layer;
-  int64_t group;  // -1: frozen
-  size_t index;   // in what is updated
-  std::vector<Tensor> state;
-};
-
-class Trainer {
+class Trainer : public TrainerBase {
 public:
   Trainer(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<Tensor>& state,
           const std::string& activation, double parameter, double label_smoothing, const std::string& rule,
           const std::vector<int64_t>& groups, const std::vector<int64_t>& slots)
-      : rule_(rule == "adamw" ? Rule::adamw : Rule::sgd) {
-    STD_TORCH_CHECK(rule == "sgd" || rule == "adamw", "torchbp::", kOp, ": rule wants sgd or adamw, got ", rule);
-    check_mlp(kOp, weights, biases);
-    const size_t parameters = weights.size() + biases.size();
-    STD_TORCH_CHECK(groups.size() == parameters && slots.size() == parameters, "torchbp::", kOp,
-                    ": groups and slots want a number for each weight and bias");
-    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "torchbp::", kOp,
-                    ": label_smoothing wants 0 to 1, got ", label_smoothing);
-    const Activation f = activation_of(kOp, activation);
-    net_.set_activation(f, parameter);
-    net_.layers.resize(weights.size());
-    gradients_.resize(weights.size());
+      : TrainerBase(weights, biases, state, activation, label_smoothing, rule, groups, slots) {
+    net_.set_activation(activation_, parameter);
+    net_.layers.resize(sizes_.size());
+    gradients_.resize(sizes_.size());
+    for (size_t l = 0; l < sizes_.size(); ++l) {
+      net_.layers[l].in = sizes_[l].in;
+      net_.layers[l].out = sizes_[l].out;
+    }
     ce_.dtype = ScalarType::Float;
     ce_.label_smoothing = label_smoothing;
-    size_t next = 0;
-    for (size_t p = 0; p < parameters; ++p) {
-      const bool is_weight = p < weights.size();
-      const size_t l = p % weights.size();
-      const Tensor& t = is_weight ? weights[l] : biases[l];
-      check_operand(is_weight ? "weights" : "biases", t, ScalarType::Float);
-      Layer& layer = net_.layers[l];
-      if (is_weight) {
-        STD_TORCH_CHECK(t.dim() == 2 && (l == 0 || t.size(1) == weights[l - 1].size(0)), "torchbp::", kOp,
-                        ": weights want matrices (out_features, in_features) that follow on one another");
-        layer.in = t.size(1);
-        layer.out = t.size(0);
-      } else {
-        check_shape(kOp, "biases", t, std::vector<int64_t>{layer.out});
-      }
-      Trained trained{t, t.numel(), is_weight, l, groups[p], updated_.size(), {}};
-      if (groups[p] >= 0) updated_.emplace_back();
-      groups_ = std::max(groups_, groups[p] + 1);
-      STD_TORCH_CHECK(groups[p] < 0          ? slots[p] == 0
-                      : rule_ == Rule::adamw ? slots[p] == 3
-                                             : slots[p] == 0 || slots[p] == 1,
-                      "torchbp::", kOp, ": slots wants 0 or 1 for sgd, 3 for adamw and 0 for what is frozen, got ",
-                      slots[p]);
-      for (int64_t s = 0; s < slots[p]; ++s) {
-        STD_TORCH_CHECK(next < state.size(), "torchbp::", kOp, ": state wants more than ", state.size(), " tensors");
-        const Tensor& kept = state[next++];
-        if (s < 2 || kept.scalar_type() != ScalarType::Double) check_operand("state", kept, ScalarType::Float);
-        STD_TORCH_CHECK(s == 2 ? kept.numel() == 1 : same_shape(kept, t), "torchbp::", kOp,
-                        ": state wants tensors like their parameter, and a number of steps");
-        trained.state.push_back(kept);
-      }
-      trained_.push_back(std::move(trained));
-    }
-    STD_TORCH_CHECK(next == state.size(), "torchbp::", kOp, ": state wants ", next, " tensors, got ", state.size());
-  }
-
-  int64_t in_features() const { return net_.layers.front().in; }
-  // Numbers in the hyperparameters of one step: a row for each group.
-  size_t row() const { return static_cast<size_t>(groups_) * kHyper; }
-
-  // Throws if a row of hyperparameters has a momentum and its group no buffers.
-  void check_momentum(const std::vector<double>& hyper) const {
-    if (rule_ != Rule::sgd) return;
-    for (const Trained& t : trained_) {
-      if (t.group < 0 || !t.state.empty()) continue;
-      for (size_t at = static_cast<size_t>(t.group) * kHyper; at + kHyper <= hyper.size(); at += row())
-        STD_TORCH_CHECK(update_of(rule_, &hyper[at]).momentum == 0, "torchbp::", kOp,
-                        ": hyper has a momentum, and state no buffers");
-    }
   }
 
   // Of a step with n examples, about.
@@ -119,19 +47,14 @@ public:
 
   // To be called before the first of some steps with n examples each. batch: whether batch() is wanted.
   void prepare(int64_t n, bool batch = false) {
-    for (Trained& t : trained_) {
+    locate();
+    for (const Trained& t : trained_) {
       Layer& layer = net_.layers[t.layer];
-      float* const value = find(t.value, t.numel);
-      (t.is_weight ? layer.weight : layer.bias) = value;
+      (t.is_weight ? layer.weight : layer.bias) = t.data;
       if (t.group < 0) continue;
       Parameter& updated = updated_[t.index];
-      for (size_t s = 0; s < std::min<size_t>(t.state.size(), 2); ++s) updated.state[s] = find(t.state[s], t.numel);
-      if (t.state.size() > 2) {
-        updated.step = t.state[2].mutable_data_ptr();
-        updated.wide_step = t.state[2].scalar_type() == ScalarType::Double;
-      }
       Gradients& g = gradients_[t.layer];
-      (t.is_weight ? g.weight : g.bias) = value;
+      (t.is_weight ? g.weight : g.bias) = t.data;
       (t.is_weight ? g.update_weight : g.update_bias) = &updated.update;
       for (int s = 0; s < 2; ++s)
         (t.is_weight ? g.state_weight : g.state_bias)[s] = static_cast<float*>(updated.state[s]);
@@ -182,36 +105,20 @@ public:
     float loss, total;
     Cpu::softmax_ce_forward(ce_, Reduction::mean, &loss, &total);  // and the gradient
     if (groups_ == 0) return loss;
-    if (!std::equal(hyper, hyper + row(), hyper_.begin(), hyper_.end())) {
-      hyper_.assign(hyper, hyper + row());
-      for (const Trained& t : trained_)
-        if (t.group >= 0) updated_[t.index].update = update_of(rule_, hyper + t.group * kHyper);
-    }
-    if (rule_ == Rule::adamw) advance(updated_);
+    begin_step(hyper);
     backward(net_, x, {grad_logits_, ce_.classes, 1}, gradients_, {}, scratch_);
     return loss;
   }
 
 private:
-  static float* find(const Tensor& t, int64_t numel) {
-    STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous() && t.scalar_type() == ScalarType::Float, "torchbp::", kOp,
-                    ": a parameter or its state has changed in shape, layout or dtype");
-    return floats_of(t);
-  }
-
-  Rule rule_;
   Network net_;
-  std::vector<Trained> trained_;
   std::vector<Gradients> gradients_;
-  std::vector<Parameter> updated_;  // those that are not frozen
-  std::vector<double> hyper_;       // that they follow
-  int64_t groups_ = 0;
   SoftmaxCE ce_;
   float *logits_ = nullptr, *grad_logits_ = nullptr, *scratch_ = nullptr, *batch_ = nullptr;
   Scratch memory_;
 };
 
-Handles<Trainer> trainers(kOp);
+Handles<Trainer> trainers(kTrainer);
 
 int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> state, Text activation,
              double parameter, double label_smoothing, Text rule, std::vector<int64_t> groups,
@@ -220,30 +127,13 @@ int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vecto
       std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots));
 }
 
-// Whether each of the steps has hyperparameters of its own.
-bool check_hyper(const Trainer& trainer, const std::vector<double>& hyper, int64_t steps) {
-  trainer.check_momentum(hyper);
-  if (hyper.size() == trainer.row()) return false;
-  STD_TORCH_CHECK(hyper.size() == trainer.row() * static_cast<size_t>(steps), "torchbp::", kOp, ": hyper wants ",
-                  trainer.row(), " numbers, or as many for each step, got ", hyper.size());
-  return true;
-}
-
 // One step on x [n, in], or one on each of xs [steps, n, in]. Returns the losses before the steps.
 Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vector<double> hyper) {
   const auto trainer = trainers.at(number);
-  const Tensor xs = dense(xs_), targets = dense(targets_);
-  check_operand("xs", xs, ScalarType::Float);
-  check_operand("targets", targets, ScalarType::Long);
-  const bool many = xs.dim() == 3;
+  const auto [xs, targets, many, count, n] = trainer->check_batches(xs_, targets_);
   const int64_t in = trainer->in_features();
-  STD_TORCH_CHECK((many || xs.dim() == 2) && xs.size(many + 1) == in, "torchbp::", kOp, ": xs wants shape (N, ", in,
-                  ") or (steps, N, ", in, "), got ", shape_text(xs));
-  const int64_t count = many ? xs.size(0) : 1, n = xs.size(many);
-  STD_TORCH_CHECK(targets.dim() == 1 + many && targets.numel() == count * n && targets.size(many) == n,
-                  "torchbp::", kOp, ": targets wants the shape of xs without features, got ", shape_text(targets));
   const Tensor losses = empty(many ? std::vector<int64_t>{count} : std::vector<int64_t>{}, ScalarType::Float, xs);
-  const bool each = check_hyper(*trainer, hyper, count);
+  const bool each = trainer->check_hyper(hyper, count);
   if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
   const auto run = [&](int64_t s) {
@@ -263,14 +153,14 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
 Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std::vector<double> hyper) {
   const auto trainer = trainers.at(number);
   const auto opened = images_of(images);
-  STD_TORCH_CHECK(opened->dtype == ScalarType::Float, "torchbp::", kOp, ": images want dtype float32");
+  STD_TORCH_CHECK(opened->dtype == ScalarType::Float, "torchbp::", kTrainer, ": images want dtype float32");
   const Batch all = opened->rows(begin, opened->size());
   const int64_t* const target = opened->target() + begin;
   const int64_t features = all.channels * all.height * all.width, batch_size = opened->batch_size;
-  STD_TORCH_CHECK(features == trainer->in_features(), "torchbp::", kOp, ": the network wants ", trainer->in_features(),
-                  " inputs, and an image has ", features);
+  STD_TORCH_CHECK(features == trainer->in_features(), "torchbp::", kTrainer, ": the network wants ",
+                  trainer->in_features(), " inputs, and an image has ", features);
   const int64_t n = all.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
-  const bool each = check_hyper(*trainer, hyper, count);
+  const bool each = trainer->check_hyper(hyper, count);
   const Tensor losses = empty({count}, ScalarType::Float, opened->images);
   on_team_in_rounds(count, [&](int64_t s) {
     const int64_t first = s * batch_size;
@@ -285,29 +175,30 @@ Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std:
 }
 
 // The logits [n, C] of the last step, before its update.
-Tensor logits(int64_t number) { return trainers.at(number)->logits(); }
+Tensor logits(int64_t number, const Tensor&) { return trainers.at(number)->logits(); }
 
-void close(int64_t number) { trainers.close(number); }
+void close(int64_t number, const Tensor&) { trainers.close(number); }
 
 }  // namespace
 }  // namespace torchbp
 
 // A library of its own: torch.ops.torchbp has functions of their arguments alone, which can be traced and batched.
+// `like` is any tensor on the trainer's device.
 STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
   m.def(
       "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
   m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
   m.def("epoch(int trainer, int images, int begin, bool drop_last, float[] hyper) -> Tensor");
-  m.def("logits(int trainer) -> Tensor");
-  m.def("close(int trainer) -> ()");
+  m.def("logits(int trainer, Tensor like) -> Tensor");
+  m.def("close(int trainer, Tensor like) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
   m.impl("open", TORCH_BOX(&torchbp::open));
   m.impl("steps", TORCH_BOX(&torchbp::steps));
+  m.impl("logits", TORCH_BOX(&torchbp::logits));
+  m.impl("close", TORCH_BOX(&torchbp::close));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CompositeExplicitAutograd, m) {
   m.impl("epoch", TORCH_BOX(&torchbp::epoch));
-  m.impl("logits", TORCH_BOX(&torchbp::logits));
-  m.impl("close", TORCH_BOX(&torchbp::close));
 }

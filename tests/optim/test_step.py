@@ -969,7 +969,7 @@ class Call:
         try:
             return ops.steps(trainer, self.xs, self.targets, self.hyper)
         finally:
-            ops.close(trainer)
+            ops.close(trainer, torch.empty(0))
 
 
 def put(name: str, *path: Any) -> Callable[[Call], None]:
@@ -1091,7 +1091,7 @@ def test_epoch_refusals(case: str) -> None:
             run(*wrong)
         assert_same(call.weights, before, rtol=0, atol=0)
     finally:
-        ops.close(trainer)
+        ops.close(trainer, torch.empty(0))
 
 
 @pytest.mark.parametrize("name", ["weights", "biases", "state"])
@@ -1114,7 +1114,7 @@ def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
         with pytest.raises(RuntimeError, match="has changed in shape, layout or dtype"):
             ops.steps(trainer, call.xs, call.targets, call.hyper)
     finally:
-        ops.close(trainer)
+        ops.close(trainer, torch.empty(0))
 
 
 def test_a_trainer_that_was_closed() -> None:

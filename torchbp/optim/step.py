@@ -27,7 +27,7 @@ __all__ = ["CompiledStep", "compile_step"]
 
 # Nothing here is for autograd to record.
 _library = torch.library.Library("torchbp_trainer", "IMPL")
-for _name in ("open", "steps"):
+for _name in ("open", "steps", "logits", "close"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
@@ -161,7 +161,7 @@ class CompiledStep:
             return self._logits
         if self._trainer is None:
             raise RuntimeError(f"{_OP}: there are no logits before the first step")
-        return _logits_of(self._trainer)
+        return _logits_of(self._trainer, self._weights[0])  # type: ignore[no-any-return]
 
     def scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None = None) -> Tensor:
         """Train on a row of batches in one call, as jax.lax.scan would.
@@ -384,7 +384,8 @@ class CompiledStep:
         )  # fmt: skip
         if self._close is not None:
             self._close()
-        self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer)
+        like = self._weights[0].new_empty(0)
+        self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer, like)
 
     def _check_layers(self) -> list[torch.nn.Module]:
         """The layers of the model."""

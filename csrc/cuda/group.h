@@ -1,9 +1,12 @@
-// Threads of a block that work on one thing together.
+// Threads of a block that work on one thing together, and the softmax of a row that they share.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
+
+#include "../dtype.h"
 
 namespace torchbp::cuda {
 
@@ -58,5 +61,33 @@ private:
     return v;
   }
 };
+
+// A row's largest x as the shift and the sum of exp(x - shift), in one pass (Milakov and Gimelshein 2018): the sum so far
+// is kept relative to the largest so far. A row of only -inf is shifted by 0: its sum of 0 gives PyTorch's nan. One that
+// holds nan or +inf has the sum nan.
+template <class Group, class T>
+__device__ __forceinline__ void softmax(const Group& group, const T* x, int64_t classes, Compute<T>& shift,
+                                        Compute<T>& sum) {
+  using C = Compute<T>;
+  constexpr int unroll = 4;  // elements that are read, and rescaled for, together
+  constexpr C least = -std::numeric_limits<C>::infinity();
+  const auto shift_of = [](C most) { return most == least ? C(0) : most; };
+  C most = least, own = 0;
+  for (int64_t c = group.rank; c < classes; c += unroll * Group::size) {
+    C v[unroll], higher = most;
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      v[u] = c + u * Group::size < classes ? load(x[c + u * Group::size]) : least;
+      higher = v[u] > higher ? v[u] : higher;
+    }
+    own *= exp(most - shift_of(higher));
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) own += exp(v[u] - shift_of(higher));
+    most = higher;
+  }
+  const C all = group.max(most);
+  shift = shift_of(all);
+  sum = group.sum(own * exp(most - shift));
+}
 
 }  // namespace torchbp::cuda

@@ -27,3 +27,12 @@ def test_threads_that_never_come(name: str) -> None:
     with pytest.raises(RuntimeError, match="wait for others that never come"):
         run(name)
     assert torch.equal(run("none"), WANTED)  # and the next kernel is none the worse
+
+
+def test_shared_memory_is_full_of_nan() -> None:
+    assert run("shared").isnan().all()
+
+
+def test_a_write_beyond_shared_memory() -> None:
+    with pytest.raises(RuntimeError, match="writes beyond its shared memory"):
+        run("beyond_shared")

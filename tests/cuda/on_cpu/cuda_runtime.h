@@ -82,6 +82,9 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   return value;
 }
 
+using std::max;  // as without a namespace on CUDA
+using std::min;
+
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 
 template <class T>

@@ -21,6 +21,8 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+constexpr size_t kGuard = 256;  // bytes behind a block's memory that have to stay as they are
+constexpr char kFresh = static_cast<char>(0xFF);
 
 enum class State { ready, at_block, at_warp, over };
 
@@ -48,7 +50,7 @@ struct Block {
   jmp_buf caller;
   std::vector<std::unique_ptr<Fiber>> fibers;  // as many as the largest block so far had threads
   std::vector<uint64_t> exchange;
-  std::vector<std::max_align_t> shared;
+  std::vector<char> shared;
   std::exception_ptr error;
   std::minstd_rand random{1};
 
@@ -145,17 +147,24 @@ const Place& place() { return block.place; }
 void run(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& body) {
   STD_TORCH_CHECK(blocks >= 1 && threads >= 1 && threads <= 1024, "emulator: no GPU launches ", blocks, " blocks of ",
                   threads, " threads");
+  STD_TORCH_CHECK(shared <= kMostShared, "emulator: no block has ", shared, " bytes of shared memory");
   block.body = &body;
   for (unsigned b = 0; b < blocks; ++b) {
     block.place = {0, b, threads, blocks};
+    block.shared.assign(15 + shared + kGuard, kFresh);
     for (unsigned t = 0; t < std::min<size_t>(threads, block.fibers.size()); ++t) block.fiber(t).state = State::ready;
-    block.shared.resize(shared / sizeof(std::max_align_t) + 1);
-    std::memset(block.shared.data(), 0xFF, shared);  // nan
     run_block();
+    const char* const end = static_cast<const char*>(dynamic_shared()) + shared;
+    STD_TORCH_CHECK(std::all_of(end, end + kGuard, [](char c) { return c == kFresh; }), "emulator: block ", b,
+                    " writes beyond its shared memory");
   }
 }
 
-void* dynamic_shared() { return block.shared.data(); }
+void* dynamic_shared() {
+  void* memory = block.shared.data();
+  size_t space = block.shared.size();
+  return std::align(16, 0, memory, space);
+}
 
 namespace {
 std::map<const void*, size_t> allowed;

@@ -35,11 +35,29 @@ Tensor run(const Tensor& like) {
   return y;
 }
 
+// What the block finds in the memory that it asked for, and beyond it.
+__global__ void use_shared(float* to, int extra) {
+  float* const memory = static_cast<float*>(cuda::dynamic_shared());
+  to[threadIdx.x] = memory[threadIdx.x];
+  __syncthreads();
+  memory[threadIdx.x + extra] = 0;
+}
+
+template <int extra>
+Tensor run_shared(const Tensor& like) {
+  const Tensor y = torch::stable::empty({kThreads}, like.scalar_type());
+  const cuda::Launch launch("faults", -1);
+  launch.with_shared(kThreads * sizeof(float), use_shared, 1, kThreads, static_cast<float*>(y.mutable_data_ptr()),
+                     extra);
+  return y;
+}
+
 }  // namespace
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY(torchbp_faults, m) {
-  for (const char* name : {"none", "no_barrier", "barrier_in_a_branch", "shuffle_in_a_branch"})
+  for (const char* name :
+       {"none", "no_barrier", "barrier_in_a_branch", "shuffle_in_a_branch", "shared", "beyond_shared"})
     m.def((std::string(name) + "(Tensor like) -> Tensor").c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_faults, CUDA, m) {
@@ -47,4 +65,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchbp_faults, CUDA, m) {
   m.impl("no_barrier", TORCH_BOX(&torchbp::run<torchbp::no_barrier>));
   m.impl("barrier_in_a_branch", TORCH_BOX(&torchbp::run<torchbp::barrier_in_a_branch>));
   m.impl("shuffle_in_a_branch", TORCH_BOX(&torchbp::run<torchbp::shuffle_in_a_branch>));
+  m.impl("shared", TORCH_BOX(&torchbp::run_shared<0>));
+  m.impl("beyond_shared", TORCH_BOX(&torchbp::run_shared<1>));
 }

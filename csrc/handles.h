@@ -15,7 +15,8 @@ namespace torchbp {
 template <class T>
 class Handles {
 public:
-  explicit Handles(const char* what) : what_(what) {}
+  // before: the first one that is opened gets the number after this.
+  explicit Handles(const char* what, int64_t before = 0) : what_(what), last_(before) {}
 
   int64_t open(std::shared_ptr<T> one) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -42,7 +43,7 @@ private:
   const char* what_;
   std::mutex mutex_;
   Opened& opened_ = *new Opened;
-  int64_t last_ = 0;
+  int64_t last_;
 };
 
 }  // namespace torchbp

@@ -1,7 +1,7 @@
 // What a trainer of a multi-layer perceptron rests on, on every device: the very tensors of a model and its optimizer,
 // which are looked up at every call, and the checks of what its operations are given.
 //
-// A device derives its trainer from it. The operations are those of torch.ops.torchbp_trainer.
+// cpu/train.cpp and cuda/train.cu derive their trainers from it. Their operations are those of torch.ops.torchbp_trainer.
 #pragma once
 
 #include <string>

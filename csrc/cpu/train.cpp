@@ -183,13 +183,16 @@ void close(int64_t number, const Tensor&) { trainers.close(number); }
 }  // namespace torchbp
 
 // A library of its own: torch.ops.torchbp has functions of their arguments alone, which can be traced and batched.
-// `like` is any tensor on the trainer's device.
+// `like` is any tensor on the trainer's device. What the CPU has not is told in cuda/train.cu.
 STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
   m.def(
       "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
   m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
   m.def("epoch(int trainer, int images, int begin, bool drop_last, float[] hyper) -> Tensor");
+  m.def("fits(int trainer, int n, Tensor like) -> bool");
+  m.def("begin_step(int trainer, float[] hyper, Tensor like) -> int");
+  m.def("update(int trainer, Tensor[] grads) -> ()");
   m.def("logits(int trainer, Tensor like) -> Tensor");
   m.def("close(int trainer, Tensor like) -> ()");
 }

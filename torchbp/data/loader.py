@@ -229,6 +229,13 @@ class BatchLoader:
         parts = self.images, self.targets, self
         return all(part.device.type == "cpu" for part in parts)
 
+    def _is_on(self, device: torch.device) -> bool:
+        """Whether one kernel makes a batch on that GPU."""
+        mine = self.device
+        if mine.type == "cuda" and mine.index is None:
+            mine = torch.device("cuda", torch.cuda.current_device())
+        return mine == device and self.dtype in FUSED
+
     def _affine(self) -> tuple[list[float], list[float]]:
         """(image / 255 - mean) / std as image * scale + offset, for each channel."""
         scale = [1 / (255 * std) for std in self.std]
@@ -259,8 +266,9 @@ class BatchLoader:
 
         return self._reader_by(fill, plan)
 
-    def _reader_on_gpu(self, plan: Plan) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-        """The same where data set and plan are on a GPU: one kernel a batch."""
+    def _reader_on_gpu(self, plan: Plan) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """The same where data set and plan are on a GPU: one kernel a batch, or for as many images
+        as a second argument says."""
         if self._copy is None or self._copy[0] != self.images._version:
             self._copy = self.images._version, self.images.to(self.device)
         images = self._copy[1]
@@ -275,12 +283,12 @@ class BatchLoader:
 
     def _reader_by(
         self, fill: Callable[[Plan], torch.Tensor], plan: Plan
-    ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         """A reader whose images [B, C, H, W] are made by `fill` from their part of the plan."""
-        size, flatten = self.batch_size, self.flatten
+        flatten = self.flatten
 
-        def read(begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = plan.of(slice(begin, begin + size))
+        def read(begin: int, count: int = self.batch_size) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = plan.of(slice(begin, begin + count))
             x = fill(rows)
             return (x.flatten(1) if flatten else x), rows.target.to(self.device, copy=True)
 

@@ -20,14 +20,16 @@ from ..functions import check
 from ..functions.gate import is_traced
 from ..functions.products import ACTIVATIONS
 from ..functions.softmax_ce import check_classes
+from ..functions.table import HAS_CUDA
 from ..nn.mlp import _Plan
+from .on_gpu import IGNORE, Network, Runner, is_gpu
 from .optimizers import SGD, AdamW, adamw_row, sgd_row
 
 __all__ = ["CompiledStep", "compile_step"]
 
 # Nothing here is for autograd to record.
 _library = torch.library.Library("torchbp_trainer", "IMPL")
-for _name in ("open", "steps", "logits", "close"):
+for _name in ("open", "steps", "fits", "begin_step", "update", "logits", "close"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
@@ -39,9 +41,11 @@ _unchanged = _C.unchanged
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
-_IGNORE = -100  # torch's default ignore_index
 _HINT = "or train through autograd"
 _NEVER: tuple[tuple[object, object, object], ...] = (([], None, 1),)  # conditions that do not hold
+
+#: Numbers that the batches of an epoch hold which are made at a time on a GPU: 64 MiB.
+_CHUNK = 1 << 24
 
 #: The optimizers whose rules the operation knows, by its name for them.
 _RULES: dict[type[Optimizer], str] = {
@@ -75,10 +79,19 @@ def compile_step(
     the optimizer has no state yet, which is the first, runs through autograd and
     `optimizer.step()`.
 
+    On a GPU nothing waits for the step. A network that fits into the memory of one block of
+    threads, with its batch (some 50,000 numbers in all on an H100: widths of 100, batches of 32),
+    runs there, all steps of a `scan` or `epoch` in one kernel. Any other runs as a CUDA graph: the
+    first step with as many rows runs operation by operation, the second one records them, and the
+    next ones replay what was recorded. Learning rates may change all the same. A class index out of
+    range raises IndexError where the indices are looked at: in the first steps, `scan` and the
+    epochs of a `BatchLoader`. Elsewhere the loss is nan, and the row has no gradient. All this has
+    run on an emulator so far, and on no GPU.
+
     Args:
         model: a `torchbp.nn.MLP`, a `torch.nn.Sequential` of Linear and one kind of activation that
-            `MLP.from_sequential` takes, or one Linear; float32, on the CPU. What has
-            `requires_grad=False` is not trained.
+            `MLP.from_sequential` takes, or one Linear; float32, on the CPU or a CUDA device. What
+            has `requires_grad=False` is not trained.
         optimizer: `torch.optim.SGD` or `AdamW`, or those of torchbp.optim, with any options but
             `amsgrad`, `capturable` and `differentiable`; it holds every parameter that is trained.
         label_smoothing: of the cross-entropy, 0 to 1.
@@ -125,6 +138,7 @@ class CompiledStep:
         self._rule = _RULES[type(optimizer)]
         self._row = _ROWS[self._rule]
         self._trainer: int | None = None
+        self._runner: Runner | None = None  # on a GPU
         self._close: Callable[[], Any] | None = None
         self._logits: Tensor | None = None  # of the last step, if that was through autograd
         self._build()
@@ -133,7 +147,7 @@ class CompiledStep:
         """Train on one batch.
 
         Args:
-            x: float32 [B, D].
+            x: float32 [B, D], on the device of the model.
             target: class indices, int64 [B]; rows with -100 do not count.
 
         Returns:
@@ -141,7 +155,8 @@ class CompiledStep:
 
         Raises:
             TypeError, ValueError: of another dtype, device or shape.
-            IndexError: a class index out of range. Nothing has changed then.
+            IndexError: a class index out of range. Nothing has changed then. On a GPU the loss may
+                be nan instead (see `compile_step`).
         """
         if is_traced():
             return _outside_of_the_graph(self, x, target)
@@ -161,6 +176,8 @@ class CompiledStep:
             return self._logits
         if self._trainer is None:
             raise RuntimeError(f"{_OP}: there are no logits before the first step")
+        if self._runner is not None:
+            return self._runner.logits()
         return _logits_of(self._trainer, self._weights[0])  # type: ignore[no-any-return]
 
     def scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None = None) -> Tensor:
@@ -179,6 +196,10 @@ class CompiledStep:
         """
         self._check_batch(xs, targets, many=True)
         self._check_scheduler(scheduler)
+        return self._scan(xs, targets, scheduler)
+
+    def _scan(self, xs: Tensor, targets: Tensor, scheduler: LRScheduler | None) -> Tensor:
+        """`scan` of what was checked."""
         self._prepare()
         losses = []
         if len(xs) and self._state is None:
@@ -210,14 +231,33 @@ class CompiledStep:
             TypeError, ValueError, IndexError: as for one step.
         """
         self._check_scheduler(scheduler)
-        if (
-            isinstance(loader, BatchLoader)
-            and loader.dtype == torch.float32
-            and loader.flatten
-            and loader._is_on_cpu()
-        ):
-            return self._epoch_of_images(loader, scheduler)
+        if isinstance(loader, BatchLoader) and loader.dtype == torch.float32 and loader.flatten:
+            if is_gpu(self._device):
+                if loader._is_on(self._device):
+                    return self._epoch_on_gpu(loader, scheduler)
+            elif loader._is_on_cpu():
+                return self._epoch_of_images(loader, scheduler)
         return self._epoch(loader, scheduler)
+
+    def _epoch_on_gpu(self, loader: BatchLoader, scheduler: LRScheduler | None) -> Tensor:
+        """An epoch whose batches are made there, many at a time."""
+        self._prepare()
+        plan = loader._plan(loader.epoch)
+        check_classes(plan.target, self._weights[-1].shape[0], IGNORE)
+        read = loader._reader_on_gpu(plan)
+        loader.epoch += 1
+        size, images = loader.batch_size, len(plan.order)
+        whole = images // size * size
+        chunk = max(1, _CHUNK // (size * self._weights[0].shape[1])) * size
+        parts = [(begin, min(chunk, whole - begin), size) for begin in range(0, whole, chunk)]
+        if whole < images and not loader.drop_last:
+            parts.append((whole, images - whole, images - whole))
+        losses = []
+        for begin, count, rows in parts:
+            x, target = read(begin, count)
+            batches = x.view(-1, rows, x.shape[1]), target.view(-1, rows)
+            losses.append(self._scan(*batches, scheduler))
+        return torch.cat(losses) if losses else torch.empty(0, device=self._device)
 
     def _epoch_of_images(self, loader: BatchLoader, scheduler: LRScheduler | None) -> Tensor:
         """An epoch in one call, its batches made on the way."""
@@ -235,9 +275,9 @@ class CompiledStep:
             count -= 1
             self._prepare()
         if count:
-            check_classes(plan.target, self._weights[-1].shape[0], _IGNORE)
+            check_classes(plan.target, self._weights[-1].shape[0], IGNORE)
             hyper = self._hyper_of(count, scheduler)
-            arguments = (images.number, begin, loader.drop_last, hyper)
+            arguments = (self._trainer, images.number, begin, loader.drop_last, hyper)
             losses.append(self._train(_run_epoch, arguments, lambda: images(begin)))
         return torch.cat(losses) if losses else torch.empty(0)
 
@@ -269,7 +309,9 @@ class CompiledStep:
         return hyper
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
-        return self._train(_run_steps, (x, target, hyper), lambda: (x, target))
+        if self._runner is not None:
+            return self._train(self._runner.steps, (x, target, hyper), lambda: (x, target))
+        return self._train(_run_steps, (self._trainer, x, target, hyper), lambda: (x, target))
 
     def _train(
         self,
@@ -279,7 +321,7 @@ class CompiledStep:
     ) -> Tensor:
         """Run an operation of the trainer; `batch` gives what to blame if it fails."""
         try:
-            losses = operation(self._trainer, *arguments)
+            losses = operation(*arguments)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
             x, target = batch()
@@ -338,13 +380,13 @@ class CompiledStep:
         The conditions, of which `_C.unchanged` knows the form, are what all this rests on.
         """
         self._conditions = _NEVER  # so that the next step looks again if this raises
-        if torch.is_autocast_enabled("cpu"):
-            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
         self._seen: list[tuple[object, object, object]] = []
         layers = self._check_layers()
         plan = _Plan(layers)
         self._weights, self._biases, self._name = plan.weights, plan.biases, plan.activation
         self._check_parameters()
+        if torch.is_autocast_enabled(self._device.type):
+            raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
         self._check_groups()
         self._layers = ACTIVATIONS[self._name].arguments
         self._find_state(self._hyper())
@@ -386,6 +428,15 @@ class CompiledStep:
             self._close()
         like = self._weights[0].new_empty(0)
         self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer, like)
+        self._runner = None
+        if is_gpu(self._device):
+            width = len(self._row(self.optimizer.param_groups[0])) * len(self._used)
+            network = Network(
+                self._weights, self._biases, self._layers, self.label_smoothing,
+                [group >= 0 for group in self._groups], self._groups_of_trained, state, self._rule,
+                width,
+            )  # fmt: skip
+            self._runner = Runner(trainer, network)
 
     def _check_layers(self) -> list[torch.nn.Module]:
         """The layers of the model."""
@@ -451,14 +502,25 @@ class CompiledStep:
                 raise ValueError(f"{_OP}: model has {name}: {_HINT[3:]}")
             if p.dtype != torch.float32:
                 raise TypeError(f"{_OP}: {name} wants float32, got {p.dtype}: call model.float()")
-            if p.device.type != "cpu":
-                raise ValueError(f"{_OP}: {name} wants the CPU, got {p.device}: call model.cpu()")
+            if p.device.type not in ("cpu", "cuda"):
+                raise ValueError(
+                    f"{_OP}: {name} wants the CPU or a CUDA device, got {p.device}: "
+                    "call model.cpu() or model.cuda()"
+                )
+            if p.device.type == "cuda" and not HAS_CUDA:
+                raise ValueError(f"{_OP}: {name} wants torchbp's CUDA library, which was not built")
+            if p.device != self._weights[0].device:
+                raise ValueError(
+                    f"{_OP}: {name} wants the device of the first weight, "
+                    f"{self._weights[0].device}, got {p.device}"
+                )
             if not p.is_contiguous():
                 raise ValueError(f"{_OP}: {name} wants contiguous memory, got stride {p.stride()}")
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise ValueError(f"{_OP}: {name} wants no hooks: remove them, {_HINT}")
             self._seen.append((p, "requires_grad", p.requires_grad))
         self._trained = [p for p in self._parameters if p.requires_grad]
+        self._device = self._weights[0].device
 
     def _check_groups(self) -> None:
         """Where the hyperparameters of each parameter are."""
@@ -475,12 +537,15 @@ class CompiledStep:
         row = iter(self._groups_of_trained)
         self._groups = [next(row) if p.requires_grad else -1 for p in self._parameters]
         self._seen += [(self.optimizer, "param_groups", groups), (groups, None, len(groups))]
+        options = ["amsgrad", "capturable", "differentiable"]
+        if self._device.type == "cuda" and self._rule == "adamw":
+            options.append("fused")  # which counts the steps on the GPU
         for i in self._used:
             group = groups[i]
             self._seen += [(groups, i, group), (group, "params", group["params"])]
             self._seen.append((group["params"], None, len(group["params"])))
             self._seen += [(group["params"], k, p) for k, p in enumerate(group["params"])]
-            for option in ("amsgrad", "capturable", "differentiable"):
+            for option in options:
                 if group.get(option):
                     raise ValueError(
                         f"{_OP}: optimizer wants {option}=False in all groups: "
@@ -506,14 +571,16 @@ class CompiledStep:
             if value.dtype != getattr(torch, dtype):
                 got = str(value.dtype).removeprefix("torch.")
                 raise TypeError(f"{_OP}: {name} wants {dtype}, got {got}")
-            if value.device.type != "cpu":
-                raise ValueError(f"{_OP}: {name} wants the CPU, got {value.device}")
+            if value.device != self._device:
+                where = "the CPU" if self._device.type == "cpu" else f"{self._device}, as the model"
+                raise ValueError(f"{_OP}: {name} wants {where}, got {value.device}")
         if x.requires_grad:
             raise ValueError(f"{_OP}: {names[0]} wants no gradient: pass {names[0]}.detach()")
         steps: tuple[str, ...] = ("steps",) if many else ()
         check.shape(_OP, names[0], x, (*steps, "B", self._weights[0].shape[1]))
         check.shape(_OP, names[1], target, tuple(x.shape[:-1]))
-        check_classes(target.flatten(), self._weights[-1].shape[0], _IGNORE)
+        if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            check_classes(target.flatten(), self._weights[-1].shape[0], IGNORE)
 
     def _check_scheduler(self, scheduler: Any) -> None:
         if scheduler is None:

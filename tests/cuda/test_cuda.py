@@ -160,16 +160,13 @@ def empty(classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, A
 def test_gradient_of_probabilities(classes: int) -> None:
     """Alone, and together with that of the logits."""
     x, q = torch.randn(3, classes), torch.randn(3, classes).softmax(1)
-    options = {"label_smoothing": 0.1, "weight": torch.rand(classes) + 0.5}
+    weight = torch.rand(classes) + 0.5
+    functions: Any = ((moved(F.cross_entropy), torch.float32), (TF.cross_entropy, torch.float64))
     for free in ((1,), (0, 1)):
         grads = []
-        for function, dtype in (
-            (moved(F.cross_entropy), torch.float32),
-            (TF.cross_entropy, torch.float64),
-        ):
+        for function, dtype in functions:
             inputs = [t.to(dtype).requires_grad_(i in free) for i, t in enumerate((x, q))]
-            weight = options["weight"].to(dtype)
-            loss = function(*inputs, weight=weight, label_smoothing=0.1)
+            loss = function(*inputs, weight=weight.to(dtype), label_smoothing=0.1)
             grads.append(torch.autograd.grad(loss, [inputs[i] for i in free]))
         for mine, exact in zip(*grads, strict=True):
             # A dozen roundings of log(p), which is at most 20, times 1.5 / 3.
@@ -237,8 +234,8 @@ def test_products(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -
     dy = torch.randn(n, outputs)
     f: Any = {"none": lambda z: z}.get(activation) or getattr(torch, activation)
 
-    def ours(*t: Tensor) -> Tensor:
-        return F.linear(*t, activation=activation)
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias, activation=activation)
 
     def theirs(*t: Tensor) -> Tensor:
         result: Tensor = f(TF.linear(*t))

@@ -61,8 +61,11 @@ def same(name: str, got: Tensor, wanted: Tensor) -> Compared:
 
 
 def emptied(y: Tensor) -> None:
-    """Give back the memory of a result whose gradient is still wanted."""
-    y.untyped_storage().resize_(0)
+    """Give back the memory of a result whose gradient is still wanted. Of one that leaves it to the
+    next result, which none is that is larger than all that is kept, it cannot be."""
+    storage = y.untyped_storage()
+    if storage.resizable():
+        storage.resize_(0)
 
 
 def elementwise(n: int) -> Iterator[Compared]:

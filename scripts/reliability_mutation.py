@@ -52,8 +52,8 @@ EQUIVALENT: dict[str, str] = {
     "csrc/ops.h:make_loop: t->scalar_type() == loop.dtype -> true": (
         "each operation has compared the dtypes before, in words of its own"
     ),
-    "csrc/cpu/train.cpp:check_operand: t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous() "
-    "-> t.scalar_type() == dtype && true && t.is_contiguous()": (
+    "csrc/trainer.h:check_operand: t.scalar_type() == dtype && t.device() == first_.device() && "
+    "t.is_contiguous() -> t.scalar_type() == dtype && true && t.is_contiguous()": (
         "PyTorch looks for a kernel of the other device, and has none"
     ),
     'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
@@ -77,6 +77,11 @@ _IMAGES = [
     ["tests/data/test_loader.py"],
 ]
 
+_STEPS = [
+    ["tests/optim/test_step.py", "-k", "refus or behind or closed or logits or dismisses"],
+    ["tests/optim/test_step.py", "-k", _NOT_COMPILED],
+]
+
 #: kind, or file of a mutant -> what is run, the fastest first, until something fails. Of the first
 #: of a row's, only what names the row.
 STAGES: dict[str, list[list[str]]] = {
@@ -94,10 +99,8 @@ STAGES: dict[str, list[list[str]]] = {
         ["tests/functions/test_register.py", "tests/functions/test_softmax_ce.py",
          "tests/cpu/test_products.py", "tests/nn", "-k", _NOT_COMPILED],
     ],
-    "csrc/cpu/train.cpp": [
-        ["tests/optim/test_step.py", "-k", "refus or behind or closed or logits or dismisses"],
-        ["tests/optim/test_step.py", "-k", _NOT_COMPILED],
-    ],
+    "csrc/cpu/train.cpp": _STEPS,
+    "csrc/trainer.h": _STEPS,
     "csrc/optim_ops.h": [
         ["tests/optim/test_optimizers.py", "-k", "refus"],
         ["tests/optim/test_optimizers.py", "-k", _NOT_COMPILED],

@@ -16,6 +16,7 @@ def empty_cache() -> None:
     such result. Tensors that are in use are not touched.
 
     Example:
+        >>> import torch, torchbp
         >>> y = torchbp.functional.relu(torch.randn(2**20))
         >>> del y
         >>> torchbp.empty_cache()

@@ -53,11 +53,11 @@ REASONS = {
         left is the machine's bandwidth and the engine; PyTorch's time, mostly that of fresh memory,
         varies by a third from run to run.""",
     "sigmoid_16M": """As `relu_16M`: the exponentials hide behind the memory.""",
-    "linear_relu_f32": """The three products take the floor of {floor} at the rate of PyTorch's own
-        large product, of our {ours}: at that rate alone, with bias, activation and sums for
-        nothing, the ratio would be {at_floor}. An eighth of the time is spent on copies of blocks
-        to where the tiles find them; fetching these ahead, wider blocks and huge pages behind
-        the results made no difference.""",
+    "linear_relu_f32": """The three products take the floor of {floor} at the rate of the fastest
+        large product, PyTorch's or ours, of our {ours}: at that rate alone, with bias, activation
+        and sums for nothing, the ratio would be {at_floor}. An eighth of the time is spent on
+        copies of blocks to where the tiles find them; fetching these ahead, wider blocks and huge
+        pages behind the results made no difference.""",
     "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours};
         at that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the

@@ -26,7 +26,10 @@ const Level& detect_level() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if ((wanted.empty() || wanted == "avx512") && has_avx512) return avx512_level();
+  // The library's products are faster on the tiles of AMX.
+  const bool multiplies_pairs = __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
+  if ((wanted.empty() || wanted == "avx512") && has_avx512)
+    return multiplies_pairs ? avx512_bf16_level() : avx512_level();
   if ((wanted.empty() || wanted == "avx2") && has_avx2) return avx2_level();
 #endif
   STD_TORCH_CHECK(wanted.empty() || wanted == "baseline", "TORCHBP_CPU=", wanted,

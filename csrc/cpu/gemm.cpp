@@ -51,7 +51,7 @@ void gemm(const Gemm& g) {
     gemm(gradient);
     return level().update[kFloat32](*g.update, g.c, gradient.c, g.state0, g.state1, g.m * g.n);
   }
-  const GemmKernels& kernels = level().gemm;
+  const GemmKernels& kernels = level().gemm[g.dtype];
   const double work =
       static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(std::max<int64_t>(g.k, 1));
   const int64_t threads = work < (leads_team() ? kSerialInTeam : kSerial) ? 1 : thread_count();

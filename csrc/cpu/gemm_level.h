@@ -12,8 +12,17 @@ namespace torchbp::TORCHBP_LEVEL {
 template <int lanes>
 struct Vectors {
   typedef float Type __attribute__((vector_size(4 * lanes)));
-  typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(1), may_alias));
 };
+
+// What A and B are multiplied in: a float, or as many elements that follow each other along k.
+typedef float Word __attribute__((may_alias));
+template <class T>
+constexpr int64_t kStep = static_cast<int64_t>(sizeof(Word) / sizeof(T));
+
+// Elements that are words may be read and left where they lie; pairs are always copied.
+template <class T>
+constexpr bool kIsWord = std::is_same_v<T, float>;
 
 // A register of the level, and half of one where that takes half the time: on Zen 4, whose units are 256 bits wide.
 constexpr int kLanes = TORCHBP_VECTOR / 4, kLeast = kLanes > 8 ? 8 : kLanes;
@@ -23,7 +32,7 @@ using Least = Vectors<kLeast>::Type;
 // Accumulators of 14 x 2 of 32 registers, or 6 x 2 of 16: the rest hold the panel's row and a broadcast.
 constexpr int kTileRows = TORCHBP_VECTOR == 64 ? 14 : 6;
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kBlock = 256;              // of K: a tile of A fits L1 beside the panel that streams by
+constexpr int64_t kBlock = 256;              // words of K: a tile of A fits L1 beside the panel that streams by
 constexpr int64_t kRowStride = kBlock + 16;  // of A's rows once copied: not a power of two, which would share L1 sets
 constexpr int64_t kColumnStride = kTileRows > 8 ? 16 : 8;  // of A's columns once copied
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
@@ -33,8 +42,8 @@ constexpr int64_t kCached = 32 * 1024;       // numbers of all operands of a pro
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 
 template <class V = Vector>
-TORCHBP_INLINE V load_vector(const float* p) {
-  return *reinterpret_cast<const typename Vectors<sizeof(V) / 4>::Unaligned*>(p);
+TORCHBP_INLINE V load_vector(const void* p) {
+  return *static_cast<const typename Vectors<sizeof(V) / 4>::Unaligned*>(p);
 }
 template <class V>
 TORCHBP_INLINE void store_vector(float* p, V v) {
@@ -43,27 +52,43 @@ TORCHBP_INLINE void store_vector(float* p, V v) {
 
 // x in every lane: one load. V{} + x would add, as 0 + -0 is not -0.
 template <class V, size_t... l>
-TORCHBP_INLINE V broadcast(const float& x, std::index_sequence<l...>) {
+TORCHBP_INLINE V broadcast(const Word& x, std::index_sequence<l...>) {
   return V{(static_cast<void>(l), x)...};
 }
 template <class V = Vector>
-TORCHBP_INLINE V broadcast(const float& x) {
+TORCHBP_INLINE V broadcast(const Word& x) {
   return broadcast<V>(x, std::make_index_sequence<sizeof(V) / 4>());
 }
 
-// What multiply_tile computes: to [mr][to_stride] (+)= A B over kc steps, with A [mr][a_stride] (by_rows) or
+// What vectors of words are, for each type that a level has products of.
+template <class T>
+struct Words;
+
+template <>
+struct Words<float> {
+  template <class V>
+  static TORCHBP_INLINE V multiply_add(V a, V b, V sum) {
+    return sum + a * b;
+  }
+  // The words of columns side by side; those of a k and the next. There is no next where not `whole`.
+  static TORCHBP_INLINE Vector of_columns(const float* from, int64_t /*k_stride*/, bool /*whole*/) {
+    return load_vector(from);
+  }
+};
+
+// What multiply_tile computes: to [mr][to_stride] (+)= A B over kc words, with A [mr][a_stride] (by_rows) or
 // [kc][a_stride] and B [kc][b_stride].
 struct TileProduct {
   int64_t kc = 0;
   bool first = true;  // or there is a sum in `to`
-  const float *a = nullptr, *b = nullptr;
+  const Word *a = nullptr, *b = nullptr;
   float* to = nullptr;
   int64_t a_stride = 0, b_stride = 0, to_stride = 0;
-  const float* bias_of_rows = nullptr;  // to be added in the end, or null
+  const void* bias_of_rows = nullptr;  // to be added in the end, or null
 };
 
 // In as many vectors of type V as cover a panel's columns.
-template <class V, int vectors, bool by_rows, int mr>
+template <class T, class V, int vectors, bool by_rows, int mr>
 void multiply_tile(const TileProduct& t) {
   constexpr int lanes = sizeof(V) / 4;
   V sum[mr][vectors];
@@ -71,7 +96,7 @@ void multiply_tile(const TileProduct& t) {
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) sum[i][v] = t.first ? V{} : load_vector<V>(t.to + i * t.to_stride + v * lanes);
-  const float *a = t.a, *b = t.b;
+  const Word *a = t.a, *b = t.b;
   const int64_t a_row = by_rows ? t.a_stride : 1, a_step = by_rows ? 1 : t.a_stride, b_step = t.b_stride;
   for (int64_t k = t.kc; k > 0; --k) {
     V row[vectors];
@@ -81,16 +106,16 @@ void multiply_tile(const TileProduct& t) {
     for (int i = 0; i < mr; ++i) {
       const V factor = broadcast<V>(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Words<T>::multiply_add(factor, row[v], sum[i][v]);
     }
     a += a_step;
     b += b_step;
   }
-  if (t.bias_of_rows) {
+  if (const T* const bias = static_cast<const T*>(t.bias_of_rows)) {
 #pragma GCC unroll 16
     for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast<V>(t.bias_of_rows[i]);
+      for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast<V>(load(bias[i]));
   }
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
@@ -100,22 +125,62 @@ void multiply_tile(const TileProduct& t) {
 
 using MultiplyTile = void (*)(const TileProduct&);
 
-template <class V, int vectors, bool by_rows, int... rows>
+template <class T, class V, int vectors, bool by_rows, int... rows>
 constexpr std::array<MultiplyTile, sizeof...(rows)> tiles_of(std::integer_sequence<int, rows...>) {
-  return {multiply_tile<V, vectors, by_rows, rows + 1>...};
+  return {multiply_tile<T, V, vectors, by_rows, rows + 1>...};
 }
 
-template <class V, int vectors, bool by_rows>
-constexpr auto kMultiply = tiles_of<V, vectors, by_rows>(std::make_integer_sequence<int, kTileRows>());
+template <class T, class V, int vectors, bool by_rows>
+constexpr auto kMultiply = tiles_of<T, V, vectors, by_rows>(std::make_integer_sequence<int, kTileRows>());
 
 // Columns that are computed where a panel has `columns`.
 inline int64_t width_of(int64_t columns) { return columns <= kLeast ? kLeast : columns <= kLanes ? kLanes : kPanel; }
 
-inline MultiplyTile multiply_for(int64_t rows, int64_t columns, bool by_rows) {
+template <class T>
+MultiplyTile multiply_for(int64_t rows, int64_t columns, bool by_rows) {
   const int64_t width = width_of(columns), i = rows - 1;
-  if (width == kPanel) return by_rows ? kMultiply<Vector, 2, true>[i] : kMultiply<Vector, 2, false>[i];
-  if (width == kLanes) return by_rows ? kMultiply<Vector, 1, true>[i] : kMultiply<Vector, 1, false>[i];
-  return by_rows ? kMultiply<Least, 1, true>[i] : kMultiply<Least, 1, false>[i];
+  if (width == kPanel) return by_rows ? kMultiply<T, Vector, 2, true>[i] : kMultiply<T, Vector, 2, false>[i];
+  if (width == kLanes) return by_rows ? kMultiply<T, Vector, 1, true>[i] : kMultiply<T, Vector, 1, false>[i];
+  return by_rows ? kMultiply<T, Least, 1, true>[i] : kMultiply<T, Least, 1, false>[i];
+}
+
+// ---- words of elements --------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr int64_t words(int64_t elements) {
+  return (elements + kStep<T> - 1) / kStep<T>;
+}
+
+// A block of K in elements: whole words and, at the end of K, what does not fill another.
+template <class T>
+struct BlockOfK {
+  BlockOfK(int64_t all, int64_t first_word, int64_t words)
+      : begin(first_word * kStep<T>),
+        size(std::min(words * kStep<T>, all - begin)),
+        words(size / kStep<T>),
+        rest(size % kStep<T>) {}
+  int64_t begin, size, words, rest;
+};
+
+template <class T>
+TORCHBP_INLINE Word load_word(const T* p) {
+  float word;
+  __builtin_memcpy(&word, p, sizeof(word));
+  return word;
+}
+
+// to [words(count)][to_stride] = the words of `columns` columns of `count` elements, that may lie anywhere in memory;
+// with zeros beside the last of an odd number.
+template <class T>
+void copy_elements(const T* from, int64_t k_stride, int64_t column_stride, int64_t count, int64_t columns, Word* to,
+                   int64_t to_stride) {
+  for (int64_t k = 0; k < count; k += kStep<T>)
+    for (int64_t c = 0; c < columns; ++c) {
+      T word[kStep<T>] = {};
+      for (int64_t s = 0; s < std::min(kStep<T>, count - k); ++s)
+        word[s] = from[(k + s) * k_stride + c * column_stride];
+      to[k / kStep<T> * to_stride + c] = load_word(word);
+    }
 }
 
 // ---- transposition ------------------------------------------------------------------------------------------------
@@ -142,9 +207,9 @@ TORCHBP_INLINE void transpose_stage(V (&row)[lanes]) {
   }
 }
 
-// to [k][to_stride] = transpose of from [rows][from_stride]: a square.
-template <int lanes>
-TORCHBP_INLINE void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// to [k][to_stride] = transpose of from [rows][from_stride]: a square of words.
+template <int lanes, class T>
+TORCHBP_INLINE void transpose_square(const T* from, int64_t from_stride, Word* to, int64_t to_stride) {
   using V = typename Vectors<lanes>::Type;
   V row[lanes];
 #pragma GCC unroll 16
@@ -157,104 +222,117 @@ TORCHBP_INLINE void transpose_square(const float* from, int64_t from_stride, flo
   for (int i = 0; i < lanes; ++i) store_vector(to + i * to_stride, row[i]);
 }
 
-// to [columns][to_stride] = transpose of from [rows][from_stride]: in the largest squares that fit, of which the last
-// overlap.
-template <int lanes = kLanes>
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+// to [columns][to_stride] = transpose of from [rows][from_stride], in words: in the largest squares that fit, of which
+// the last overlap.
+template <int lanes = kLanes, class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, Word* to, int64_t to_stride) {
   if (rows >= lanes && columns >= lanes) {
     for (int64_t i = 0; i < rows; i += lanes)
       for (int64_t j = 0; j < columns; j += lanes) {
         const int64_t r = std::min(i, rows - lanes), c = std::min(j, columns - lanes);
-        transpose_square<lanes>(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+        transpose_square<lanes>(from + r * from_stride + c * kStep<T>, from_stride, to + c * to_stride + r, to_stride);
       }
   } else if constexpr (lanes > 4) {
     transpose<lanes / 2>(from, from_stride, rows, columns, to, to_stride);
   } else {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+      for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = load_word(from + r * from_stride + c * kStep<T>);
   }
 }
 
-// to [n] = from [n]: in vectors, of which the last overlap.
-template <class V = Vector>
-TORCHBP_INLINE void copy_run(const float* from, int64_t n, float* to) {
+// to [n] = from [n], in words: in vectors, of which the last overlap.
+template <class V = Vector, class T>
+TORCHBP_INLINE void copy_run(const T* from, int64_t n, Word* to) {
   constexpr int lanes = sizeof(V) / 4;
   if (n >= lanes) {
     for (int64_t i = 0; i < n; i += lanes) {
       const int64_t at = std::min(i, n - lanes);
-      store_vector(to + at, load_vector<V>(from + at));
+      store_vector(to + at, load_vector<V>(from + at * kStep<T>));
     }
   } else if constexpr (lanes > 4) {
     copy_run<typename Vectors<lanes / 2>::Type>(from, n, to);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    for (int64_t i = 0; i < n; ++i) to[i] = load_word(from + i * kStep<T>);
   }
 }
 
 // ---- copies of blocks ------------------------------------------------------------------------------------------------------
 
-inline bool reads_b_in_place(const Gemm& g) {
+template <class T>
+bool reads_b_in_place(const Gemm& g) {
   const int64_t rest = g.n % kPanel;
-  return g.b_j == 1 && (rest == 0 || rest == width_of(rest)) && g.b_k <= 2 * kBlock;
+  return kIsWord<T> && g.b_j == 1 && (rest == 0 || rest == width_of(rest)) && g.b_k <= 2 * kBlock;
 }
 
 // Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows that lie further apart
 // would share L1 sets; to find them in memory takes half a vector's multiplication as long again.
-inline bool reads_a_in_place(const Gemm& g, int64_t panels) {
+template <class T>
+bool reads_a_in_place(const Gemm& g, int64_t panels) {
+  if (!kIsWord<T>) return false;
   if (g.a_i == 1) return panels == 1 || g.k * g.a_k <= kNear;
   return g.a_k == 1 && g.a_i <= kBlock && (panels == 1 || (panels == 2 && g.n % kPanel == 0));
 }
 
-// Copies rows [k0, k0 + kc) of panels [begin, end) of B, each to [kc][kPanel].
-inline void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, float* to) {
-  const float* const from = g.b + k0 * g.b_k;
+// Copies kc words, from word k0 on, of panels [begin, end) of B, each to [kc][kPanel].
+template <class T>
+void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, Word* to) {
+  const BlockOfK<T> block(g.k, k0, kc);
+  const T* const from = static_cast<const T*>(g.b) + block.begin * g.b_k;
   const int64_t whole = g.b_j == 1 ? std::max(begin, std::min(end, g.n / kPanel)) : begin;
   for (int64_t k = 0; k < kc; ++k) {  // a row through all panels: rows may lie a page apart
-    const float* const row = from + k * g.b_k;
-    float* y = to + k * kPanel;
+    const T* const row = from + k * kStep<T> * g.b_k;
+    Word* y = to + k * kPanel;
     for (int64_t j = begin * kPanel; j < whole * kPanel; j += kPanel, y += kc * kPanel) {
-      store_vector(y, load_vector(row + j));
-      store_vector(y + kLanes, load_vector(row + j + kLanes));
+      store_vector(y, Words<T>::of_columns(row + j, g.b_k, k < block.words));
+      store_vector(y + kLanes, Words<T>::of_columns(row + j + kLanes, g.b_k, k < block.words));
     }
   }
   for (int64_t p = whole; p < end; ++p) {
     const int64_t columns = std::min<int64_t>(kPanel, g.n - p * kPanel);
-    const float* const panel = from + p * kPanel * g.b_j;
-    float* const y = to + (p - begin) * kc * kPanel;
+    const T* const panel = from + p * kPanel * g.b_j;
+    Word* const y = to + (p - begin) * kc * kPanel;
     if (const int64_t width = width_of(columns); columns < width)
       for (int64_t k = 0; k < kc; ++k) std::fill(y + k * kPanel + columns, y + k * kPanel + width, 0.f);
-    if (g.b_j == 1) {
+    if (kIsWord<T> && g.b_j == 1) {
       for (int64_t k = 0; k < kc; ++k) copy_run(panel + k * g.b_k, columns, y + k * kPanel);
     } else if (g.b_k == 1) {
-      transpose(panel, g.b_j, columns, kc, y, kPanel);
+      transpose(panel, g.b_j, columns, block.words, y, kPanel);
+      copy_elements(panel + block.size - block.rest, 1, g.b_j, block.rest, columns, y + block.words * kPanel, kPanel);
     } else {
-      for (int64_t k = 0; k < kc; ++k)
-        for (int64_t c = 0; c < columns; ++c) y[k * kPanel + c] = panel[k * g.b_k + c * g.b_j];
+      copy_elements(panel, g.b_k, g.b_j, block.size, columns, y, kPanel);
     }
   }
 }
 
 // Copies rows [i, i + mr) of A's block to the form that multiply_tile reads: by rows where they are runs in memory.
-inline void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, float* to) {
-  const float* const from = g.a + i * g.a_i + k0 * g.a_k;
+template <class T>
+void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, Word* to) {
+  const BlockOfK<T> block(g.k, k0, kc);
+  const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
   if (g.a_k == 1) {
-    for (int64_t r = 0; r < mr; ++r) copy_run(from + r * g.a_i, kc, to + r * kRowStride);
+    for (int64_t r = 0; r < mr; ++r) copy_run(from + r * g.a_i, block.words, to + r * kRowStride);
+    for (int64_t r = 0; r < mr; ++r)
+      copy_elements(from + r * g.a_i + block.size - block.rest, 1, 0, block.rest, 1, to + r * kRowStride + block.words,
+                    0);
   } else if (g.a_i == 1 && i + kColumnStride <= g.m) {  // what is read beyond the tile is there, and not used
     for (int64_t k = 0; k < kc; ++k)
       for (int64_t r = 0; r < kColumnStride; r += kLanes)
-        store_vector(to + k * kColumnStride + r, load_vector(from + k * g.a_k + r));
+        store_vector(to + k * kColumnStride + r,
+                     Words<T>::of_columns(from + k * kStep<T> * g.a_k + r, g.a_k, k < block.words));
   } else {
-    for (int64_t k = 0; k < kc; ++k)
-      for (int64_t r = 0; r < mr; ++r) to[k * kColumnStride + r] = from[r * g.a_i + k * g.a_k];
+    copy_elements(from, g.a_k, g.a_i, block.size, mr, to, kColumnStride);
   }
 }
 
 // Fetches part `part` of `parts` of a block of A that copy_a will read next, while a panel is being multiplied.
-inline void prefetch_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, int64_t part, int64_t parts) {
-  constexpr int64_t line = 16;
+template <class T>
+void prefetch_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const BlockOfK<T> block(g.k, k0, kc);
   const bool by_rows = g.a_k == 1;
-  const int64_t runs = by_rows ? mr : kc, lines = by_rows ? (kc + line - 1) / line : 1, total = runs * lines;
-  const float* const from = g.a + i * g.a_i + k0 * g.a_k;
+  const int64_t runs = by_rows ? mr : block.size, lines = by_rows ? (block.size + line - 1) / line : 1;
+  const int64_t total = runs * lines;
+  const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
   for (int64_t l = total * part / parts; l < total * (part + 1) / parts; ++l)
     __builtin_prefetch(from + (by_rows ? l / lines * g.a_i + l % lines * line : l * g.a_k));
 }
@@ -270,27 +348,38 @@ void each_row(const Gemm& g, int64_t i, int64_t j, int64_t mr, const F& f) {
 inline void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
   constexpr int64_t line = 16;
   each_row(g, i, j, mr, [&](int64_t, int64_t at) {
-    for (const float* const p : {g.c, g.state0, g.state1})
+    for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1})
       for (int64_t c = 0; p && c < kPanel; c += line) __builtin_prefetch(p + at + c, 1);
   });
 }
 
-inline void store_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* tile, float* to) {
-  if (g.c_i == 1 && g.c_j != 1) return transpose(tile, kPanel, mr, nr, to + i + j * g.c_j, g.c_j);
+template <class T>
+void store_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* tile, void* to_) {
+  T* const to = static_cast<T*>(to_);
+  if constexpr (kIsWord<T>)
+    if (g.c_i == 1 && g.c_j != 1) return transpose(tile, kPanel, mr, nr, to + i + j * g.c_j, g.c_j);
   each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-    if (g.c_j == 1)
+    if (g.c_j != 1)
+      for (int64_t c = 0; c < nr; ++c) store(to + at + c * g.c_j, tile[t + c]);
+    else if constexpr (kIsWord<T>)
       copy_run(tile + t, nr, to + at);
+    else if (nr == kPanel)  // which the compiler then knows
+      store_n(to + at, tile + t, kPanel);
     else
-      for (int64_t c = 0; c < nr; ++c) to[at + c * g.c_j] = tile[t + c];
+      store_n(to + at, tile + t, nr);
   });
 }
 
-inline void load_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const float* from, float* tile) {
+template <class T>
+void load_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, const void* from_, float* tile) {
+  const T* const from = static_cast<const T*>(from_);
   each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-    if (g.c_j == 1)
+    if (g.c_j != 1)
+      for (int64_t c = 0; c < nr; ++c) tile[t + c] = load(from[at + c * g.c_j]);
+    else if constexpr (kIsWord<T>)
       copy_run(from + at, nr, tile + t);
     else
-      for (int64_t c = 0; c < nr; ++c) tile[t + c] = from[at + c * g.c_j];
+      load_n(tile + t, from + at, nr);
   });
 }
 
@@ -299,7 +388,7 @@ inline void update_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
   with_rule<float>(*g.update, [&](const auto& rule) {
     const auto rows = [&](int64_t columns) {
       each_row(g, i, j, mr, [&](int64_t t, int64_t at) {
-        float* const p = g.c + at;
+        float* const p = static_cast<float*>(g.c) + at;
         float* const state0 = g.state0 ? g.state0 + at : nullptr;
         float* const state1 = g.state1 ? g.state1 + at : nullptr;
         const float* const gradient = tile + t;
@@ -315,33 +404,37 @@ inline void update_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
 }
 
 // Whether a tile of C can be the memory of multiply_tile and of what follows it.
-inline bool finishes_in_place(const Gemm& g, int64_t nr) {
+template <class T>
+bool finishes_in_place(const Gemm& g, int64_t nr) {
   const bool in_one_run = g.c_i == nr || !(g.activation || g.gradient);
-  return g.k <= kBlock && g.c_j == 1 && nr == width_of(nr) && in_one_run && !g.update && !(g.bias && !g.bias_of_row);
+  return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && nr == width_of(nr) && in_one_run && !g.update &&
+         !(g.bias && !g.bias_of_row);
 }
 
 inline void finish_in_place(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr) {
-  const int64_t at = i * g.c_i + j;
-  void* const outputs[] = {g.c + at};
+  const auto here = [at = i * g.c_i + j](const void* p) { return static_cast<const float*>(p) + at; };
+  void* const outputs[] = {const_cast<float*>(here(g.c))};
   if (g.activation) {
-    const void* const inputs[] = {(g.z ? g.z : g.c) + at};
+    const void* const inputs[] = {here(g.z ? g.z : g.c)};
     g.activation(outputs, inputs, mr * nr, g.parameter);
   } else if (g.gradient) {
-    const void* const inputs[] = {g.c + at, g.saved + at};
+    const void* const inputs[] = {here(g.c), here(g.saved)};
     g.gradient(outputs, inputs, mr * nr, g.parameter);
   }
 }
 
-inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, float* tile) {
-  if (g.update) return update_tile(g, i, j, mr, nr, tile);
+template <class T>
+void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, float* tile) {
+  if constexpr (kIsWord<T>)
+    if (g.update) return update_tile(g, i, j, mr, nr, tile);
   if (g.bias && !g.bias_of_row) {
     float column[kPanel] = {};
-    std::copy_n(g.bias + j, nr, column);
+    load_n(column, static_cast<const T*>(g.bias) + j, nr);
     for (int64_t r = 0; r < mr; ++r)
       for (int64_t c = 0; c < kPanel; c += kLanes)
         store_vector(tile + r * kPanel + c, load_vector(tile + r * kPanel + c) + load_vector(column + c));
   }
-  if (g.z) store_tile(g, i, j, mr, nr, tile, g.z);
+  if (g.z) store_tile<T>(g, i, j, mr, nr, tile, g.z);
   const int64_t all = mr * kPanel;
   if (g.activation) {
     const void* const inputs[] = {tile};
@@ -349,22 +442,24 @@ inline void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
     g.activation(outputs, inputs, all, g.parameter);
   } else if (g.gradient) {
     alignas(64) float saved[kTileRows * kPanel];
-    load_tile(g, i, j, mr, nr, g.saved, saved);
+    load_tile<T>(g, i, j, mr, nr, g.saved, saved);
     const void* const inputs[] = {tile, saved};
     void* const outputs[] = {tile};
     g.gradient(outputs, inputs, all, g.parameter);
   }
-  store_tile(g, i, j, mr, nr, tile, g.c);
+  store_tile<T>(g, i, j, mr, nr, tile, g.c);
 }
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
+template <class T>
+void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
-  const bool a_in_place = reads_a_in_place(g, end - begin), by_rows = g.a_k == 1 && !(a_in_place && g.a_i == 1);
-  const bool b_in_place = reads_b_in_place(g), one_block = g.k <= kBlock;
+  const int64_t all = words<T>(g.k);
+  const bool a_in_place = reads_a_in_place<T>(g, end - begin), by_rows = g.a_k == 1 && !(a_in_place && g.a_i == 1);
+  const bool b_in_place = reads_b_in_place<T>(g), one_block = all <= kBlock;
   const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
-  const int64_t deepest = std::min(kBlock, std::max<int64_t>(g.k, 1));
+  const int64_t deepest = std::min(kBlock, std::max<int64_t>(all, 1));
   const int64_t together = std::min(end - begin, std::max<int64_t>(1, kPanelBytes / (deepest * kPanel * 4)));
   // Rows in tiles of equal height, as many as there are registers for.
   const int64_t tiles = (i_end - i_begin + kTileRows - 1) / kTileRows;
@@ -379,35 +474,36 @@ inline void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
     const int64_t p1 = std::min(end, p0 + together), width = p1 - p0;
     for (int64_t t0 = 0; t0 < tiles; t0 += held) {
       const int64_t t1 = std::min(tiles, t0 + held);
-      for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kBlock) {
-        const int64_t kc = std::min(kBlock, g.k - k0);
-        const bool last = k0 + kBlock >= g.k;
-        if (!b_in_place) copy_b(g, p0, p1, k0, kc, panels);
+      for (int64_t k0 = 0; k0 == 0 || k0 < all; k0 += kBlock) {
+        const int64_t kc = std::min(kBlock, all - k0);
+        const bool last = k0 + kBlock >= all;
+        if (!b_in_place) copy_b<T>(g, p0, p1, k0, kc, panels);
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
-          if (!a_in_place) copy_a(g, i, mr, k0, kc, copy);
+          if (!a_in_place) copy_a<T>(g, i, mr, k0, kc, copy);
           const bool turn = t + 1 == t1;  // to the next block of K
           const int64_t next_i = row_of(turn ? t0 : t + 1), next_k = turn ? k0 + kBlock : k0;
           for (int64_t p = p0; p < p1; ++p) {
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
             float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * tile_size;
             if (!in_cache && g.update) prefetch_update(g, i, column, mr);
-            if (!in_cache && next_k < g.k)
-              prefetch_a(g, next_i, mr, next_k, std::min(kBlock, g.k - next_k), p - p0, width);
-            const bool direct = finishes_in_place(g, nr);
+            if (!in_cache && next_k < all)
+              prefetch_a<T>(g, next_i, mr, next_k, std::min(kBlock, all - next_k), p - p0, width);
+            const bool direct = finishes_in_place<T>(g, nr);
             TileProduct product{.kc = kc, .first = k0 == 0};
-            product.a = a_in_place ? g.a + i * g.a_i + k0 * g.a_k : copy;
+            product.a = a_in_place ? static_cast<const Word*>(g.a) + i * g.a_i + k0 * g.a_k : copy;
             product.a_stride = a_in_place ? (by_rows ? g.a_i : g.a_k) : by_rows ? kRowStride : kColumnStride;
-            product.b = b_in_place ? g.b + k0 * g.b_k + column : panels + (p - p0) * kc * kPanel;
+            product.b =
+                b_in_place ? static_cast<const Word*>(g.b) + k0 * g.b_k + column : panels + (p - p0) * kc * kPanel;
             product.b_stride = b_in_place ? g.b_k : kPanel;
-            product.to = direct ? (g.z ? g.z : g.c) + i * g.c_i + column : tile;
+            product.to = direct ? static_cast<float*>(g.z ? g.z : g.c) + i * g.c_i + column : tile;
             product.to_stride = direct ? g.c_i : kPanel;
-            product.bias_of_rows = last && g.bias && g.bias_of_row ? g.bias + i : nullptr;
-            multiply_for(mr, nr, by_rows)(product);
+            product.bias_of_rows = last && g.bias && g.bias_of_row ? static_cast<const T*>(g.bias) + i : nullptr;
+            multiply_for<T>(mr, nr, by_rows)(product);
             if (direct)
               finish_in_place(g, i, column, mr, nr);
             else if (last)
-              finish_tile(g, i, column, mr, nr, tile);
+              finish_tile<T>(g, i, column, mr, nr, tile);
           }
         }
       }
@@ -433,13 +529,24 @@ TORCHBP_INLINE Vector sum_lanes(Vector (&row)[kLanes]) {
   return row[0];
 }
 
+TORCHBP_INLINE Vector load_numbers(const float* p) { return load_vector(p); }
+template <class T>
+TORCHBP_INLINE Vector load_numbers(const T* p) {
+  float numbers[kLanes];
+  load_n(numbers, p, kLanes);
+  return load_vector(numbers);
+}
+
 // db [out] = sum over i of dz(i, o), in float32 over blocks of rows and float64 over these.
-inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db) {
+template <class T>
+void sum_rows(const void* dz_, int64_t row, int64_t column, int64_t n, int64_t out, void* db_) {
+  const T* const dz = static_cast<const T*>(dz_);
+  T* const db = static_cast<T*>(db_);
   constexpr int64_t block = 512, chunk = 64;
   if (row == 1) {
     for (int64_t first = 0; first < out; first += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, out - first);
-      const float* x[kLanes];  // in the place of rows that are not there, the last
+      const T* x[kLanes];  // in the place of rows that are not there, the last
       for (int o = 0; o < kLanes; ++o) x[o] = dz + std::min(first + o, out - 1) * column;
       double sum[kLanes] = {};
       for (int64_t begin = 0; begin < n; begin += block) {
@@ -447,14 +554,14 @@ inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, in
         Vector part[kLanes] = {};
         for (int64_t i = begin; i < whole; i += kLanes)
 #pragma GCC unroll 16
-          for (int o = 0; o < kLanes; ++o) part[o] += load_vector(x[o] + i);
+          for (int o = 0; o < kLanes; ++o) part[o] += load_numbers(x[o] + i);
         float numbers[kLanes];
         store_vector(numbers, sum_lanes(part));
         for (int64_t i = whole; i < end; ++i)
-          for (int o = 0; o < kLanes; ++o) numbers[o] += x[o][i];
+          for (int o = 0; o < kLanes; ++o) numbers[o] += load(x[o][i]);
         for (int o = 0; o < kLanes; ++o) sum[o] += numbers[o];
       }
-      for (int64_t o = 0; o < rows; ++o) db[first + o] = static_cast<float>(sum[o]);
+      for (int64_t o = 0; o < rows; ++o) store(db + first + o, static_cast<float>(sum[o]));
     }
     return;
   }
@@ -464,18 +571,22 @@ inline void sum_rows(const float* dz, int64_t row, int64_t column, int64_t n, in
     for (int64_t begin = 0; begin < n; begin += block) {
       float part[chunk] = {};
       for (int64_t i = begin; i < std::min(n, begin + block); ++i) {
-        const float* const x = dz + i * row + o * column;
+        const T* const x = dz + i * row + o * column;
         if (column == 1)
-          for (int64_t c = 0; c < width; ++c) part[c] += x[c];
+          for (int64_t c = 0; c < width; ++c) part[c] += load(x[c]);
         else
-          for (int64_t c = 0; c < width; ++c) part[c] += x[c * column];
+          for (int64_t c = 0; c < width; ++c) part[c] += load(x[c * column]);
       }
       for (int64_t c = 0; c < width; ++c) sum[c] += part[c];
     }
-    for (int64_t c = 0; c < width; ++c) db[o + c] = static_cast<float>(sum[c]);
+    for (int64_t c = 0; c < width; ++c) store(db + o + c, static_cast<float>(sum[c]));
   }
 }
 
-inline void fill_gemm(GemmKernels& kernels) { kernels = {kTileRows, kPanel, gemm_run}; }
+template <class T>
+void fill_gemm(Level& level, DtypeIndex dtype) {
+  level.gemm[dtype] = {kTileRows, kPanel, gemm_run<T>};
+  level.sum_rows[dtype] = sum_rows<T>;
+}
 
 }  // namespace torchbp::TORCHBP_LEVEL

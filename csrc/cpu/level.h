@@ -312,8 +312,7 @@ inline Level make_level(const char* name) {
   fill_dtype<float>(level, kFloat32);
   fill_dtype<BFloat16>(level, kBFloat16);
   fill_dtype<Half>(level, kFloat16);
-  fill_gemm(level.gemm);
-  level.sum_rows = sum_rows;
+  fill_gemm<float>(level, kFloat32);
   return level;
 }
 

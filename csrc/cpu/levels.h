@@ -44,7 +44,7 @@ struct Scratch;
 
 // The product of gemm.h. A tile of C has at most `rows` rows; a panel of B is `columns` wide.
 struct GemmKernels {
-  int rows, columns;
+  int rows, columns;  // 0 where the level has no products of a dtype
   // Rows [i, i_end) of the panels [begin, end) of `columns` columns.
   void (*run)(const Gemm&, int64_t i, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch);
 };
@@ -52,7 +52,7 @@ struct GemmKernels {
 // The row-wise kernels work on the rows [begin, end) of their description.
 struct Level {
   const char* name;
-  GemmKernels gemm;
+  GemmKernels gemm[kDtypes];
   ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
   LoadFunction load[kDtypes];
   StoreFunction store[kDtypes];
@@ -65,7 +65,7 @@ struct Level {
   UpdateFunction update[kDtypes];
   void (*batch[kDtypes])(const Batch&, int64_t begin, int64_t end);
   double (*sum_of_squares[kDtypes])(const void* data, int64_t n);
-  void (*sum_rows)(const float* dz, int64_t row, int64_t column, int64_t n, int64_t out, float* db);
+  void (*sum_rows[kDtypes])(const void* dz, int64_t row, int64_t column, int64_t n, int64_t out, void* db);  // as gemm
 };
 
 // The level in use.
@@ -75,6 +75,7 @@ const Level& baseline_level();
 #if defined(__x86_64__)
 const Level& avx2_level();
 const Level& avx512_level();
+const Level& avx512_bf16_level();
 #endif
 
 }  // namespace torchbp

@@ -45,8 +45,8 @@ int64_t scratch_size(const Network& net) {
   return 2 * widest * net.n;
 }
 
-void sum_rows(Matrix dz, int64_t n, int64_t out, float* db) {
-  level().sum_rows(dz.data, dz.row, dz.column, n, out, db);
+void sum_rows(Matrix dz, int64_t n, int64_t out, void* db) {
+  level().sum_rows[dz.dtype](dz.data, dz.row, dz.column, n, out, db);
 }
 
 void backward(const Network& net, Matrix x, Matrix dy, const std::vector<Gradients>& gradients, Matrix dx,

@@ -53,6 +53,6 @@ void backward(const Network& network, Matrix x, Matrix dy, const std::vector<Gra
 int64_t scratch_size(const Network& network);
 
 // db [out] = sum of dz [n, out] over its rows.
-void sum_rows(Matrix dz, int64_t n, int64_t out, float* db);
+void sum_rows(Matrix dz, int64_t n, int64_t out, void* db);
 
 }  // namespace torchbp

@@ -1,5 +1,5 @@
-// linear, mlp and their gradients on this backend's own products (gemm.h, network.h): of float32, and of half types
-// where the machine has no instructions for them.
+// linear, mlp and their gradients on this backend's own products (gemm.h, network.h): of float32, of bfloat16 where the
+// level has them, and of half types where the machine has no instructions for them.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -17,15 +17,19 @@ namespace {
 constexpr int64_t kTiny = 1 << 20;
 // From this many examples on packing the weight is repaid, of a small one and of any.
 constexpr int64_t kFewest = 8, kEnough = 64;
+// What is a small one in bfloat16, at any number of examples: the library's products take 20 us to begin.
+constexpr int64_t kFewWeights = 1 << 17;
 
-Matrix matrix_of(const Tensor& t) { return {floats_of(t), t.stride(0), t.stride(1)}; }
+Matrix matrix_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), dtype_index(t.scalar_type())};
+}
 
 // As a product reads it: with one stride of 1.
 Tensor readable(const Tensor& t) { return t.stride(1) == 1 || t.stride(0) == 1 ? t : dense(t); }
 
 Tensor empty_matrix(int64_t rows, int64_t columns, const Tensor& like) {
   const int64_t strides[] = {columns, 1};
-  return Cpu::empty_result({rows, columns}, strides, ScalarType::Float, like);
+  return Cpu::empty_result({rows, columns}, strides, like.scalar_type(), like);
 }
 
 Tensor empty_feature_major(int64_t n, int64_t features, const Tensor& like) {
@@ -70,9 +74,13 @@ bool multiplies(ScalarType dtype) {
 #endif
 }
 
-bool is_half_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
-}
+bool is_half_type(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+
+// Whether the level has products of a dtype.
+bool has_products(ScalarType dtype) { return level().gemm[dtype_index(dtype)].run != nullptr; }
+
+// Whether what fits is multiplied in float32.
+bool widens(ScalarType dtype) { return is_half_type(dtype) && !has_products(dtype); }
 
 Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
 
@@ -82,35 +90,38 @@ bool is_float_on_cpu(const Tensor& t) { return t.scalar_type() == ScalarType::Fl
 
 bool Cpu::fits(const Tensor& x, const Tensor& weight) {
   const int64_t n = x.size(0);
-  if (x.is_cpu() && is_half_type(x)) return n >= kFewest && !multiplies(x.scalar_type());
-  if (!is_float_on_cpu(x)) return false;
+  const ScalarType dtype = x.scalar_type();
+  if (!x.is_cpu()) return false;
+  if (widens(dtype)) return n >= kFewest && !multiplies(dtype);
+  if (!has_products(dtype)) return false;
+  if (dtype == ScalarType::BFloat16) return n >= kEnough || (n >= kFewest && weight.numel() <= kFewWeights);
   return n >= kEnough || (n >= kFewest && n * weight.size(0) * weight.size(1) <= kTiny);
 }
 
 std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                                        const Activation& f, double parameter) {
-  if (is_half_type(x_)) {
+  if (widens(x_.scalar_type())) {
     const auto bias = bias_ ? std::optional<Tensor>(widened(*bias_)) : bias_;
     const auto [y, z] = linear(widened(x_), widened(weight_), bias, f, parameter);
     const ScalarType dtype = x_.scalar_type();
     return {torch::stable::to(y, dtype), f.saves_x ? torch::stable::to(z, dtype) : nothing(x_)};
   }
   const Tensor x = readable(x_), weight = readable(weight_);
-  const std::optional<Tensor> bias = bias_ ? std::optional<Tensor>(dense(*bias_)) : bias_;
+  const std::optional<Tensor> bias = dense_if_any(bias_);
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Tensor y = empty_matrix(n, out, x), z = f.saves_x ? empty_matrix(n, out, x) : nothing(x);
   Gemm g = product(n, out, in, matrix_of(x), matrix_of(weight).transposed(), matrix_of(y));
-  g.bias = bias ? floats_of(*bias) : nullptr;
+  g.bias = bias ? bias->const_data_ptr() : nullptr;
   g.activation = float_column(f.forward);
   g.parameter = parameter;
-  g.z = f.saves_x ? floats_of(z) : nullptr;
+  g.z = f.saves_x ? z.mutable_data_ptr() : nullptr;
   gemm(g);
   return {y, z};
 }
 
 std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, const Tensor& weight_, bool need_x,
                                            bool need_weight, bool need_bias) {
-  if (is_half_type(x_)) {
+  if (widens(x_.scalar_type())) {
     auto result = affine_backward(widened(dz_), widened(x_), widened(weight_), need_x, need_weight, need_bias);
     for (Tensor& t : result) t = torch::stable::to(t, x_.scalar_type());
     return result;
@@ -126,8 +137,8 @@ std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, 
   std::array<Tensor, 3> result{need_x ? multiply(n, in, out, d, w) : nothing(x),
                                need_weight ? multiply(out, in, n, d.transposed(), rows) : nothing(x), nothing(x)};
   if (need_bias) {
-    result[2] = empty({out}, ScalarType::Float, x);
-    sum_rows(d, n, out, floats_of(result[2]));
+    result[2] = empty({out}, x.scalar_type(), x);
+    sum_rows(d, n, out, result[2].mutable_data_ptr());
   }
   return result;
 }

@@ -27,6 +27,12 @@ LAYOUTS = ["plain", "transposed", "strided"]
 # Half types, and what a machine that multiplies them as such is known by.
 HALF_TYPES = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 EACH_HALF_TYPE = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+# Pairs along k that are whole and that are not; one example, one feature, nothing to add up.
+SIZES_IN_PAIRS = [
+    (70, 300, 33), (71, 301, 34), (129, 1031, 31), (64, 1, 1), (65, 1030, 17), (67, 3, 257),
+    (531, 300, 260), (200, 41, 100), (8, 64, 64), (9, 3, 5), (1, 20, 30), (0, 4, 3), (65, 0, 3),
+    (65, 3, 0),
+]  # fmt: skip
 
 
 def laid_out(layout: str, *shape: int) -> Tensor:
@@ -92,12 +98,52 @@ def test_linear_in_half_types(
     )
 
 
+def assert_rounded_once(ours: Tensor, exact: Tensor, size: Tensor, sums: int) -> None:
+    """Assert that sums of `sums` exact products, whose absolute values add up to `size`, were had
+    in float32, a rounding each, and rounded to bfloat16 at the end.
+    """
+    assert ours.shape == exact.shape
+    off = (ours.double() - exact).abs()
+    in_float32 = sums * 2.0**-24 / (1 - sums * 2.0**-24) * size
+    allowed = in_float32 + 2.0**-8 * (exact.abs() + in_float32)
+    assert bool((off <= allowed).all()), f"{(off / allowed).max():.3g} of what is allowed"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES_IN_PAIRS, ids=str)
+def test_linear_in_bfloat16_is_rounded_once(size: tuple[int, int, int], layout: str) -> None:
+    """Element by element. Where the library rounds between product and activation, it rounds to
+    what the activations here leave as it is, or is compared with that.
+    """
+    n, features_in, features_out = size
+    ops: Any = torch.ops.torchbp_kernels
+    x, dy = laid_out(layout, n, features_in), laid_out(layout, n, features_out)
+    w, b = laid_out(layout, features_out, features_in), torch.randn(features_out)
+    x, dy, w, b = (t.bfloat16() for t in (x, dy, w, b))
+    rows, columns, upstream = x.double(), w.double(), dy.double()
+    exact = rows @ columns.mT + b.double()
+    total = rows.abs() @ columns.mT.abs() + b.double().abs()
+    y, _ = ops.linear(x, w, b, "relu", 0.0)  # saves y
+    assert_rounded_once(y, exact.relu(), total, features_in + 2)
+    y, z = ops.linear(x, w, b, "elu", 1.0)  # saves z
+    assert_rounded_once(z, exact, total, features_in + 2)
+    # As if of the z that is not rounded, or of z as the library leaves it: its slope is 1 at most.
+    off = (y.double() - torch.nn.functional.elu(exact)).abs()
+    assert bool((off <= 2.0**-8 * (y.double().abs() + exact.abs()) + 2.0**-14 * total).all())
+    nothing = x.new_empty(0)
+    dx, dw, db = ops.linear_backward(dy, x, w, nothing, "none", 0.0, True, True, True)
+    size_of_x = upstream.abs() @ columns.abs()
+    assert_rounded_once(dx, upstream @ columns, size_of_x, features_out + 1)
+    assert_rounded_once(dw, upstream.mT @ rows, upstream.mT.abs() @ rows.abs(), n + 1)
+    assert_rounded_once(db, upstream.sum(0), upstream.abs().sum(0), n + 1)
+
+
 @EACH_HALF_TYPE
 def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
     """To the bit, where no instruction multiplies them."""
     flags = cpu_flags()
     if "sse2" not in flags or (torchbp.cpu_level() == "avx512" and HALF_TYPES[dtype] in flags):
-        pytest.skip(f"products of {dtype} are left to the library on this machine")
+        pytest.skip(f"this machine multiplies {dtype} as such")
     x, w, b = (torch.randn(*shape).to(dtype) for shape in [(40, 70), (30, 70), (30,)])
     for activation in (None, "tanh", "elu"):
         y = F.linear(x, w, b, activation)
@@ -154,11 +200,16 @@ def test_mlp_gradients_that_are_wanted(needs: tuple[int, ...]) -> None:
             assert torch.equal(grad, every[i])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("size", [(131, 700, 150), (300, 64, 333), (530, 300, 260)], ids=str)
-def test_the_number_of_threads_changes_nothing(size: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(131, 701, 150), (300, 64, 333), (530, 300, 260)], ids=str)
+def test_the_number_of_threads_changes_nothing(
+    size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags():
+        pytest.skip("products of bfloat16 are left to the library on this machine")
     n, features_in, features_out = size
-    x, w = torch.randn(n, features_in), torch.randn(features_out, features_in)
-    b, last = torch.randn(features_out), torch.randn(10, features_out)
+    x, w = torch.randn(n, features_in).to(dtype), torch.randn(features_out, features_in).to(dtype)
+    b, last = torch.randn(features_out).to(dtype), torch.randn(10, features_out).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
@@ -179,13 +230,20 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def test_nan_and_infinity_reach_what_they_touch_and_nothing_else() -> None:
-    x, w = torch.randn(70, 20), torch.randn(50, 20)
-    x[3, 4], w[7, 1] = torch.nan, torch.inf
-    y = F.linear(x, w)
-    wanted = torch.nn.functional.linear(x.double(), w.double())
-    assert torch.equal(y.isnan(), wanted.isnan())
-    assert torch.equal(y.isinf(), wanted.isinf())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinity_reach_what_they_touch_and_nothing_else(dtype: torch.dtype) -> None:
+    """Sums over an odd number too, whose last has no neighbour."""
+    x, w = torch.randn(71, 21), torch.randn(51, 21)
+    x[3, 4], w[7, 1], x[70, 20], w[50, 20] = torch.nan, torch.inf, -torch.inf, torch.inf
+    ours = gradients(F.linear, *_leaves(x.to(dtype), w.to(dtype)), dtype=dtype)
+    wanted = gradients(
+        torch.nn.functional.linear,
+        *_leaves(x.to(dtype).double(), w.to(dtype).double()),
+        dtype=dtype,
+    )
+    for mine, exact in zip(ours, wanted, strict=True):
+        assert torch.equal(mine.isnan(), exact.isnan())
+        assert torch.equal(mine.isinf(), exact.isinf())
 
 
 def test_a_batch_of_an_expanded_row() -> None:

@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,25 +83,8 @@ def measure(
         Disagreement: one computes something else than we do.
         Exception: whatever ours raises; another that does is skipped.
     """
-    contestants: dict[str, Contestant] = {}
-    skipped: dict[str, str] = {}
-    expected: Outputs = {}
-    for name, make in case.contestants.items():
-        if name != OURS and EXTRAS.get(name, name) not in peers:
-            continue
-        tell(f"{case.name}: checking {name}")
-        try:
-            contestant = make()
-            outputs = contestant.outputs()
-        except Exception as error:  # whatever a library that is missing or broken raises
-            if name == OURS:
-                raise
-            skipped[name] = reason(error)
-            continue
-        if name == OURS:
-            expected = outputs
-        compare(case, name, outputs, expected)
-        contestants[name] = contestant
+    taking_part = [name for name in case.contestants if EXTRAS.get(name, name) in (OURS, *peers)]
+    contestants, skipped = checked(case, taking_part, tell)
 
     result: Result = {
         "case": case.name,
@@ -129,12 +112,48 @@ def measure(
     result["rounds"] = len(rounds)
     taken, mine, passed = (now - then for now, then in zip(busy(), before, strict=True))
     result["others"] = round(max(0.0, taken - mine) / (passed * (os.cpu_count() or 1)), 3)
-    for name in contestants:
+    result["contestants"] = medians(contestants, rounds)
+    return result
+
+
+def checked(
+    case: Case, names: Sequence[str], tell: Callable[[str], None]
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those of the contestants that compute what we do, and why others are skipped.
+
+    Raises: as `measure`.
+    """
+    contestants: dict[str, Contestant] = {}
+    skipped: dict[str, str] = {}
+    expected: Outputs = {}
+    for name in names:
+        tell(f"{case.name}: checking {name}")
+        try:
+            contestant = case.contestants[name]()
+            outputs = contestant.outputs()
+        except Exception as error:  # whatever a library that is missing or broken raises
+            if name == OURS:
+                raise
+            skipped[name] = reason(error)
+            continue
+        if name == OURS:
+            expected = outputs
+        compare(case, name, outputs, expected)
+        contestants[name] = contestant
+    return contestants, skipped
+
+
+def medians(
+    names: Iterable[str], rounds: Sequence[dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Of each contestant: quartiles of its time, and the median of its ratio to ours."""
+    found = {}
+    for name in names:
         low, median, high = np.quantile([times[name] for times in rounds], [0.25, 0.5, 0.75])
         ratio = statistics.median(times[name] / times[OURS] for times in rounds)
         row = {"seconds": median, "low": low, "high": high, "ratio": ratio}
-        result["contestants"][name] = {key: float(f"{value:.4g}") for key, value in row.items()}
-    return result
+        found[name] = {key: float(f"{value:.4g}") for key, value in row.items()}
+    return found
 
 
 def compare(case: Case, name: str, outputs: Outputs, expected: Outputs) -> None:

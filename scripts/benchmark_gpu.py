@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import torchbp
 import torchbp.functional as F
-from scripts.benchmark import compare, jax_version, positive, reason
+from scripts.benchmark import checked, jax_version, medians, positive, reason
 from scripts.benchmark_cases import (
     COMPILE,
     JAX,
@@ -48,7 +46,6 @@ from scripts.benchmark_cases import (
     Batches,
     Case,
     Contestant,
-    Outputs,
     Training,
     autograd_steps,
     differentiated,
@@ -337,24 +334,8 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Clock) -> R
         Disagreement: one computes something else than we do.
         Exception: whatever ours raises; another that does is skipped.
     """
-    ready: dict[str, Contestant] = {}
-    skipped: dict[str, str] = {}
-    expected: Outputs = {}
-    for name, make in case.contestants.items():
-        if name != OURS and name not in peers:
-            continue
-        try:
-            contestant = make()
-            outputs = contestant.outputs()
-        except Exception as error:  # whatever a library that is missing or broken raises
-            if name == OURS:
-                raise
-            skipped[name] = reason(error)
-            continue
-        if name == OURS:
-            expected = outputs
-        compare(case, name, outputs, expected)
-        ready[name] = contestant
+    taking_part = [name for name in case.contestants if name in (OURS, *peers)]
+    ready, skipped = checked(case, taking_part, lambda text: None)
 
     def turn(contestant: Contestant, calls: int) -> float:
         contestant.reset()
@@ -375,16 +356,10 @@ def measure(case: Case, peers: Sequence[str], seconds: float, clock: Clock) -> R
     while len(rounds) < 5 or time.perf_counter() < end:
         shuffle(order)
         rounds.append({name: turn(ready[name], calls[name]) for name in order})
-    found = {}
-    for name in ready:
-        low, median, high = np.quantile([row[name] for row in rounds], [0.25, 0.5, 0.75])
-        ratio = statistics.median(row[name] / row[OURS] for row in rounds)
-        row = {"seconds": median, "low": low, "high": high, "ratio": ratio}
-        found[name] = {key: float(f"{value:.4g}") for key, value in row.items()}
     return {
         "case": case.name,
         "about": case.about,
-        "contestants": found,
+        "contestants": medians(ready, rounds),
         "skipped": skipped,
         "goals": case.goals,
         "rounds": len(rounds),

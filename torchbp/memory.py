@@ -13,7 +13,8 @@ def empty_cache() -> None:
     A result of 1 MiB or more that is gone leaves its memory to the next of its size, as on a GPU:
     memory fresh from the system costs as much time as the whole operation. At most 256 MiB wait so;
     the environment variable `TORCHBP_CACHE_MIB` sets another limit, 0 for none, before the first
-    such result. Tensors that are in use are not touched.
+    such result. Tensors that are in use are not touched. The storage of such a result cannot be
+    resized, as that of a tensor on NumPy's memory cannot.
 
     Example:
         >>> import torch, torchbp

@@ -113,11 +113,16 @@ def page(
         f"{where(data)}. `make bench` measures it anew; how is told by "
         "`python scripts/benchmark.py --help`. In bold: how many times as long as torchbp it "
         "takes, the median over rounds in which all took turns. The floor is the bytes over the "
-        "rate of a copy, or the arithmetic over that of a large matrix product.",
+        "rate of PyTorch's copy, which large results of ours outrun past the caches, or the "
+        "arithmetic over that of a large matrix product.",
     ]
     for title, times_of in tables(data):
         parts += [f"## {title}", times_of]
-    parts += ["## Goals that are not reached", *missed(data, profiles)]
+    parts += [
+        "## Goals that are not reached",
+        f"Stages and operations as profiled on {profiles['date']}.",
+        *missed(data, profiles),
+    ]
     for other in others:
         parts += ["## Another machine", f"{where(other)}."]
         for title, times_of in tables(other):

@@ -51,7 +51,8 @@ TIMES_TEXT = """\
 Measured on {threads} of an {processor} ({simd}); {versions}; {date}. In bold: how many times as
 long as torchbp it takes, the median over rounds in which all took turns, after each had shown that
 it computes the same. The last column is the share of our time that the machine takes at least: the
-bytes over the rate of a copy, or the arithmetic over that of a large matrix product. Other threads,
+bytes over the rate of PyTorch's copy, which large results of ours outrun past the caches, or the
+arithmetic over that of a large matrix product. Other threads,
 quartiles and rates are in [docs/benchmark.json](docs/benchmark.json); `make bench` measures all of
 it anew. """
 

@@ -529,6 +529,26 @@ def positive(text: str) -> float:
     return value
 
 
+def add_measuring(
+    top: argparse.ArgumentParser, peers: Sequence[str], seconds: float, rounds: int
+) -> None:
+    """The options --peers and --seconds."""
+    top.add_argument(
+        "--peers",
+        choices=peers,
+        nargs="*",
+        default=list(peers),
+        help="against whom (default: all; one that is not installed is skipped)",
+    )
+    top.add_argument(
+        "--seconds",
+        type=positive,
+        default=seconds,
+        metavar="S",
+        help=f"time to spend on a case, {rounds} rounds at least (default: %(default)s)",
+    )
+
+
 def parser() -> Parser:
     about, text = (__doc__ or "").split("\n", 1)
     top = Parser(
@@ -554,20 +574,7 @@ def parser() -> Parser:
         metavar="N",
         help="numbers of threads (default: 1 2)",
     )
-    top.add_argument(
-        "--peers",
-        choices=PEERS,
-        nargs="*",
-        default=list(PEERS),
-        help="against whom (default: all; one that is not installed is skipped)",
-    )
-    top.add_argument(
-        "--seconds",
-        type=positive,
-        default=6.0,
-        metavar="S",
-        help="time to spend on a case, 3 rounds at least (default: %(default)s)",
-    )
+    add_measuring(top, PEERS, seconds=6.0, rounds=3)
     top.add_argument(
         "--quick",
         action="store_true",

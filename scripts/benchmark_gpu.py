@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import torchbp
 import torchbp.functional as F
-from scripts.benchmark import checked, jax_version, medians, positive, reason
+from scripts.benchmark import add_measuring, checked, jax_version, medians, reason
 from scripts.benchmark_cases import (
     COMPILE,
     JAX,
@@ -422,20 +422,7 @@ def parser() -> argparse.ArgumentParser:
         "--case", nargs="+", metavar="NAME", help=f"how names begin, of {names} (default: all)"
     )
     top.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
-    top.add_argument(
-        "--peers",
-        choices=PEERS,
-        nargs="*",
-        default=list(PEERS),
-        help="against whom (default: all; one that is not installed is skipped)",
-    )
-    top.add_argument(
-        "--seconds",
-        type=positive,
-        default=2.0,
-        metavar="S",
-        help="time to spend on a case, 5 rounds at least (default: %(default)s)",
-    )
+    add_measuring(top, PEERS, seconds=2.0, rounds=5)
     top.add_argument("--quick", action="store_true", help="small sizes, to see whether it runs")
     top.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     return top

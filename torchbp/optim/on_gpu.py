@@ -19,11 +19,7 @@ _update = _trainer.update.default._op
 _logits = _trainer.logits.default._op
 _kernels = torch.ops.torchbp_kernels
 _mlp, _mlp_backward = _kernels.mlp.default._op, _kernels.mlp_backward.default._op
-_ce, _ce_backward = _kernels.softmax_ce.default._op, _kernels.softmax_ce_backward.default._op
 _ce_with_gradient = _kernels.softmax_ce_with_gradient.default._op
-_HAS_CE_WITH_GRADIENT = torch._C._dispatch_has_kernel_for_dispatch_key(
-    "torchbp_kernels::softmax_ce_with_gradient", "CUDA"
-)
 _UPDATES = {
     "sgd": torch.ops.torchbp.sgd_.default._op, "adamw": torch.ops.torchbp.adamw_.default._op
 }  # fmt: skip
@@ -88,7 +84,6 @@ class Runner:
     def __init__(self, trainer: int, network: Network) -> None:
         self._trainer, self._network = trainer, network
         self._like = network.weights[0].detach()
-        self._one = self._like.new_ones(())
         layers = len(network.weights)
         self._need_weights = [int(need) for need in network.trained[:layers]]
         self._need_biases = [int(need) for need in network.trained[layers:]]
@@ -175,13 +170,7 @@ class Runner:
         network = self._network
         weights, biases, smoothing = network.weights, network.biases, network.label_smoothing
         logits, *saved = _mlp(x, weights, biases, *network.activation)
-        if _HAS_CE_WITH_GRADIENT:
-            loss, grad = _ce_with_gradient(logits, target, None, IGNORE, _MEAN, smoothing)
-        else:
-            loss, lse, total = _ce(logits, target, None, IGNORE, _MEAN, smoothing)
-            grad, _ = _ce_backward(
-                self._one, logits, target, None, lse, total, IGNORE, _MEAN, smoothing, True, False
-            )
+        loss, grad = _ce_with_gradient(logits, target, None, IGNORE, _MEAN, smoothing)
         if self._trained:
             _, *grads = _mlp_backward(
                 grad, x, weights, saved, *network.activation, False, self._need_weights,

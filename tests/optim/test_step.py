@@ -302,6 +302,30 @@ def test_hyperparameters_are_read_in_every_step(rule: str, options: dict[str, An
 
 
 @EACH_RULE
+def test_hyperparameters_that_change_inside_or_stay(rule: str, options: dict[str, Any]) -> None:
+    data = batches(9)
+    start = smooth_mlp()
+    results = []
+    for compiled in (True, False):
+        model = copy.deepcopy(start)
+        optimizer = optimizer_of(model, rule, **options)
+        step = compile_step(model, optimizer)
+        group = optimizer.param_groups[0]
+        for i, (x, target) in enumerate(data):
+            if i == 3:
+                group["lr"] = torch.tensor(0.02)
+                group["betas"] = [0.9, 0.99]
+            elif i == 5:
+                group["lr"].fill_(0.002)
+            elif i == 7:
+                group["lr"] = 0.01
+                group["betas"][0] = 0.5
+            either(compiled, step, x, target)
+        results.append(values(model))
+    assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+@EACH_RULE
 def test_groups(rule: str, options: dict[str, Any]) -> None:
     """Each parameter by the options of its group, whose order is the optimizer's own."""
     data = batches(6)

@@ -303,10 +303,24 @@ class CompiledStep:
         """The hyperparameters of a step, after a look at whether all is as `_build` saw it."""
         if not _unchanged(self._conditions) or _any_autocast():
             self._build()
+        if not _unchanged(self._options):
+            self._read_options()
+        return self._row_of_step
+
+    def _read_options(self) -> None:
+        """Keep the hyperparameters, and the options that they were read from as conditions: to read
+        them anew takes several times as long as to see that nobody has changed them."""
+        self._options = _NEVER
         hyper = self._hyper()
         if [hyper[i] != 0 for i in self._momenta] != self._has_momentum:
             self._find_state(hyper)
-        return hyper
+        groups = [self.optimizer.param_groups[i] for i in self._used]
+        options = [
+            (group, *item) for group in groups for item in group.items() if item[0] != "params"
+        ]
+        self._row_of_step = hyper
+        if all(_is_fixed(value) for _, _, value in options):
+            self._options = tuple(options)
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
         if self._runner is not None:
@@ -379,7 +393,7 @@ class CompiledStep:
 
         The conditions, of which `_C.unchanged` knows the form, are what all this rests on.
         """
-        self._conditions = _NEVER  # so that the next step looks again if this raises
+        self._conditions = self._options = _NEVER  # the next step looks again if this raises
         self._seen: list[tuple[object, object, object]] = []
         layers = self._check_layers()
         plan = _Plan(layers)
@@ -592,6 +606,13 @@ class CompiledStep:
             )
         if scheduler.optimizer is not self.optimizer:
             raise ValueError(f"{_OP}: scheduler wants that of the step's optimizer, got another")
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether it stays what it is as long as it is the same object: not a tensor or a list."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 # As torch.compiler.disable, which would import the compiler, a second's work, here and now.

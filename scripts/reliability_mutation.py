@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import ClassVar
 
+from scripts.reliability_equivalent import EQUIVALENT
 from scripts.reliability_frame import Figure, Measured, Piece, Result, end
 from scripts.reliability_mutants import (
     Mutant,
@@ -26,48 +27,7 @@ from scripts.reliability_mutants import (
 from scripts.reliability_tree import Tree
 from scripts.write_readme_tables import code, table
 
-__all__ = ["EQUIVALENT", "STAGES", "Mutation"]
-
-_SIGMOID = (
-    "where(x < 0, exp(-abs(x)) - exp(-abs(x)) * (exp(-abs(x)) / (1 + exp(-abs(x)))), "
-    "1 - exp(-abs(x)) / (1 + exp(-abs(x))))"
-)
-
-#: Mutants that no test can notice, and why: what they change is the same for every input, or is
-#: refused (by the same class of error, in the same words) by another check. One that is killed all
-#: the same, or that is no mutant any more, has to leave the list.
-EQUIVALENT: dict[str, str] = {
-    **{
-        f"sigmoid.forward: {_SIGMOID} -> {_SIGMOID.replace(before, after)}": why
-        for before, after, why in (
-            ("x < 0", "x <= 0", "at x = 0 both are 1 / 2"),
-            ("1 - exp(-abs(x))", "1 - exp(-x)", "there x is not negative, or NaN"),
-            (
-                "1 - exp(-abs(x)) / (1 + exp(-abs(x)))",
-                "1 - exp(-abs(x)) / (1 + exp(-x))",
-                "there x is not negative, or NaN",
-            ),
-        )
-    },
-    "csrc/ops.h:make_loop: t->scalar_type() == loop.dtype -> true": (
-        "each operation has compared the dtypes before, in words of its own"
-    ),
-    "csrc/trainer.h:check_operand: t.scalar_type() == dtype && t.device() == first_.device() && "
-    "t.is_contiguous() -> t.scalar_type() == dtype && true && t.is_contiguous()": (
-        "PyTorch looks for a kernel of the other device, and has none"
-    ),
-    'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
-    'false || wanted == "baseline"': "reached with AVX2 only if something is wanted",
-    **{
-        "csrc/ops.h:mlp_backward: layers > 0 && saved.size() == (layers - 1) * per_layer && "
-        "need_weights.size() == layers && (need_biases.empty() || need_biases.size() == layers) -> "
-        f"{part} && saved.size() == (layers - 1) * per_layer && need_weights.size() == layers && "
-        "(need_biases.empty() || need_biases.size() == layers)": (
-            "without a layer, (layers - 1) * per_layer is larger than any size"
-        )
-        for part in ("true", "layers >= 0")
-    },
-}
+__all__ = ["STAGES", "Mutation"]
 
 _RAW = "tests/functions/test_raw.py"
 _TABLE = "tests/functions/test_table.py"
@@ -124,6 +84,10 @@ STAGES: dict[str, list[list[str]]] = {
         ["tests/functions/test_check.py", "-k", "compiled"],
     ],
 }  # fmt: skip
+
+
+def mutant_of(piece: Piece) -> Mutant:
+    return Mutant(**{name: piece[name] for name in Mutant.__dataclass_fields__})
 
 
 def stages(mutant: Mutant) -> list[tuple[list[str], str]]:
@@ -188,7 +152,7 @@ class Mutation(Figure):
     unit = "mutants"
     sample = 0.01
     sources = (
-        "setup.py", "csrc/**/*.h", "csrc/**/*.cpp", "torchbp/functions/*.py",
+        "setup.py", "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "torchbp/functions/*.py",
         "torchbp/functional.py", "tests/*.py", "tests/functions/*.py", "tests/cpu/*.py",
         "tests/nn/*.py", "tests/optim/*.py", "tests/data/test_loader.py",
         "scripts/reliability_mut*.py", "scripts/reliability_killer.py",
@@ -240,16 +204,12 @@ class Mutation(Figure):
     def measure(self, piece: Piece) -> Result:
         if not piece["alive"]:
             return self._nothing_planted(piece)
-        mutant = Mutant(**{name: piece[name] for name in Mutant.__dataclass_fields__})
-        reason = self.equivalent.get(str(mutant))
+        mutant = mutant_of(piece)
         for stage, (tests, word) in enumerate(stages(mutant)):
             found = self._killer(mutant.kind, tests).run(mutant, word)
             if found["killed"]:
-                wrong = f"{mutant}: listed as equivalent, killed by {found['by']}"
-                failures = [] if reason is None else [wrong]
-                return {"killed": True, "by": found["by"], "stage": stage, "failures": failures}
-        failures = [] if reason is not None else [f"{mutant}: survives"]
-        return {"killed": False, "by": "", "stage": -1, "failures": failures}
+                return {"killed": True, "by": found["by"], "stage": stage}
+        return {"killed": False, "by": "", "stage": -1}
 
     def _nothing_planted(self, piece: Piece) -> Result:
         failures, ran = [], 0
@@ -260,6 +220,17 @@ class Mutation(Figure):
                 failures.append(f"without a mutant, {' '.join(tests)}: {found['by']}")
         return {"killed": False, "by": "", "stage": -1, "ran": ran, "failures": failures}
 
+    def _wrong(self, piece: Piece, result: Result) -> list[str]:
+        """What is wrong with the result of a piece, by the list of equivalents as it is now."""
+        if not piece["alive"]:
+            return list(result["failures"])
+        mutant = mutant_of(piece)
+        listed = str(mutant) in self.equivalent
+        if result["killed"]:
+            by = result["by"]
+            return [f"{mutant}: listed as equivalent, killed by {by}"] if listed else []
+        return [] if listed else [f"{mutant}: survives"]
+
     def failures(self, measured: Measured) -> list[str]:
         known = {str(mutant) for mutant in mutants()}
         gone = [
@@ -267,7 +238,7 @@ class Mutation(Figure):
             for text in self.equivalent
             if text not in known
         ]
-        return [*super().failures(measured), *gone]
+        return [line for found in measured for line in self._wrong(*found)] + gone
 
     def tables(self, measured: Measured) -> list[str]:
         what = {
@@ -284,7 +255,7 @@ class Mutation(Figure):
             rows.append(
                 [
                     label, f"{len(every[kind]):,}", f"{len(own):,}", f"{killed:,}",
-                    str(len(same)), str(sum(bool(r["failures"]) for _, r in own)),
+                    str(len(same)), str(sum(bool(self._wrong(*found)) for found in own)),
                 ]
             )  # fmt: skip
             equivalents += [[code(text), self.equivalent[text]] for text in same]

@@ -189,7 +189,7 @@ class Sanitizers(Figure):
     unit = "runs"
     sample = 0.1
     sources = (
-        "setup.py", "csrc/**/*.h", "csrc/**/*.cpp", "tests/sanitizers/*",
+        "setup.py", "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "tests/sanitizers/*",
         "torchbp/**/*.py", "tests/**/*.py", "scripts/reliability_sanitizers.py",
         "scripts/reliability_tree.py",
     )  # fmt: skip

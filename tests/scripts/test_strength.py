@@ -23,6 +23,7 @@ from scripts import (
     reliability_sanitizers,
     reliability_versions,
 )
+from scripts.reliability_equivalent import EQUIVALENT
 from scripts.reliability_frame import ROOT, end
 from scripts.reliability_mutants import (
     Mutant,
@@ -40,7 +41,7 @@ from scripts.reliability_mutants import (
     table_rows,
     variants,
 )
-from scripts.reliability_mutation import EQUIVALENT, Mutation, stages
+from scripts.reliability_mutation import Mutation, stages
 from scripts.reliability_sanitizers import Sanitizers, compiler, library, line_of, watch
 from scripts.reliability_tree import SANITIZERS, Tree
 from scripts.reliability_versions import WANTED, Versions
@@ -298,7 +299,7 @@ def test_killed_and_surviving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         figure = Mutation()
         monkeypatch.setattr(Mutation, "_killer", lambda self, kind, tests: Answers(answer))
         monkeypatch.setattr(Mutation, "equivalent", equivalent)
-        return list(figure.measure(piece)["failures"])
+        return figure.failures([(piece, figure.measure(piece))])
 
     reason = {str(mutant): "it is the same"}
     assert failures(noticed, {}) == []

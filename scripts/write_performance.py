@@ -80,18 +80,17 @@ REASONS = {
         shared: on one thread about twice that. The rest of our {ours} are a call
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the
         update inside the products' tiles, cross-entropy and the transposition of operands of some
-        thousand numbers. Half of the examples on each of two threads, and then half of the weights,
-        gained 7 % and was given up. The ratio to JAX follows JAX's time, which varies by a third
-        from run to run.""",
+        thousand numbers. To share a single step between threads would cost what waking one takes.
+        The ratio to JAX follows JAX's time, which varies by a third from run to run.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest is what a tile of a product that takes a
         microsecond costs besides: its ends, transposed operands, activations, updates. Operands
         read where they lie, tiles in the memory of the result, half a vector for the last 8 of 40
         columns and an update in one run, as rows of 40 lie across cache lines, took a fifth off.
         Half of the examples on each of two threads through all layers, and then half of the
-        weights, meets twice a step and gained 14 % before that, as each fetches what the other
-        has written and copies all weights itself; it slowed `loop_160` by a tenth, and was given
-        up.""",
+        weights, meets but twice a step and copies no operand, and still gained no more than 8 %:
+        each fetches activations, gradients and weights that the other has written a microsecond
+        ago. It was given up, as that is not worth a second way to train.""",
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
         `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
         to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}

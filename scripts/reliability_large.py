@@ -194,7 +194,8 @@ class Large(Figure):
     title = "Large index"
     claim = (
         f"An operation of every kind of kernel on 2^31 + 2^{BEYOND.bit_length() - 1} elements, "
-        "forward and backward, in bfloat16 (linear, whose half types are PyTorch's, in float32): "
+        "forward and backward, in bfloat16 (linear in float32, as it depends on the machine whose "
+        "products half types take): "
         f"the last 2^{BEYOND.bit_length() - 1} and a {EVERY}th of the others are right to a "
         f"rounding of the dtype, against PyTorch in float64, and sums over all of them are."
     )

@@ -9,6 +9,8 @@ _SIGMOID = (
     "1 - exp(-abs(x)) / (1 + exp(-abs(x))))"
 )
 
+_NUMBER = "(kept.scalar_type() == ScalarType::Float || kept.scalar_type() == ScalarType::Double)"
+
 #: Mutants that no test can notice, and why: what they change is the same for every input, or is
 #: refused (by the same class of error, in the same words) by another check. One that is killed all
 #: the same, or that is no mutant any more, has to leave the list.
@@ -32,6 +34,28 @@ EQUIVALENT: dict[str, str] = {
     "t.is_contiguous() -> t.scalar_type() == dtype && true && t.is_contiguous()": (
         "PyTorch looks for a kernel of the other device, and has none"
     ),
+    **{
+        f"csrc/trainer.h:TrainerBase: s < 2 || (kept.is_cpu() && {_NUMBER}) -> {after}": why
+        for after, why in (
+            (
+                f"false || (kept.is_cpu() && {_NUMBER})",
+                "on the CPU, where mutants are tried, check_operand has seen to it for the others",
+            ),
+            (
+                f"s < 2 || (true && {_NUMBER})",
+                "PyTorch looks for a kernel of the other device, and has none",
+            ),
+        )
+    },
+    "csrc/optim_ops.h:check_layout: check_device(op, argument, t, parameter) -> nothing": (
+        "compiled for a GPU alone; on the CPU PyTorch looks for a kernel of the other device"
+    ),
+    **{
+        f"csrc/trainer.h:{place} -> true": (
+            "the memory behind a tensor can be moved to a GPU and back, and to nothing else"
+        )
+        for place in ("locate: t.state[2].is_cpu()", "find: t.device() == device_")
+    },
     'csrc/cpu/backend.cpp:detect_level: wanted.empty() || wanted == "baseline" -> '
     'false || wanted == "baseline"': "reached with AVX2 only if something is wanted",
     **{

@@ -921,6 +921,26 @@ def test_bad_schedulers() -> None:
             run(ExponentialLR(optimizer_of(relu_mlp()), 0.5))
 
 
+def test_steps_counted_in_float64() -> None:
+    """torch.optim counts in float64 where that is PyTorch's default dtype."""
+    data = batches(5)
+    start = smooth_mlp()
+    results = []
+    for compiled in (True, False):
+        model = copy.deepcopy(start)
+        optimizer = optimizer_of(model, "AdamW", **ADAMW)
+        step = compile_step(model, optimizer)
+        for i, (x, target) in enumerate(data):
+            if i == 2:
+                for slot in optimizer.state.values():
+                    slot["step"] = slot["step"].double()
+            either(compiled, step, x, target)
+        counts = [slot["step"] for slot in optimizer.state.values()]
+        assert all(count == 5 and count.dtype == torch.float64 for count in counts)
+        results.append(values(model))
+    assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_logits_are_those_before_the_update(first: bool) -> None:
     """Of the first step, which runs through autograd, and of one that does not."""

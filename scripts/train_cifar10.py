@@ -5,6 +5,7 @@
     python scripts/train_cifar10.py --data-dir data --download  # the real ones
     python scripts/train_cifar10.py --baseline                  # the same run on torch.nn
     python scripts/train_cifar10.py --hidden                    # no hidden layer: a linear model
+    python scripts/train_cifar10.py --device cpu                # also where there is a GPU
     python scripts/train_cifar10.py --resume runs/NAME          # go on with a run that was stopped
 
 Writes a folder runs/TIME-NAME: args.json (the settings), metrics.jsonl (a row an epoch),
@@ -15,6 +16,9 @@ and of the one with the best test accuracy.
 The accuracy in the last line is that of the weights at the end, in model.safetensors, not of the
 best epoch, which the test images themselves have chosen. Ctrl-C stops training and ends the run
 with what there is.
+
+The run is on a GPU where torch finds one and torchbp was built with CUDA; that has not run on a
+GPU yet. --resume goes on where the run was, as on another device it would be another run.
 """
 
 from __future__ import annotations
@@ -38,11 +42,14 @@ from torchbp.data import CIFAR10, BatchLoader, SyntheticCIFAR10
 from torchbp.train import (
     Log,
     confusion_matrix,
+    default_device,
+    device_name,
     figures,
     fit,
     load_checkpoint,
     save_checkpoint,
     save_weights,
+    usable_device,
     warmup_cosine,
     write_file,
 )
@@ -82,17 +89,6 @@ def number(
         return value
 
     return parse
-
-
-def device(text: str) -> str:
-    """A type for argparse: a device that torch can use here."""
-    try:
-        torch.empty(0, device=text)
-    except Exception as error:  # torch raises RuntimeError and AssertionError, among others
-        raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
-    return text
 
 
 def parser() -> Parser:
@@ -199,10 +195,16 @@ def parser() -> Parser:
         "--compile",
         action=flag,
         default=True,
-        help="do a training step in one operation where that gives the same: on the CPU, without"
-        " --amp, --dropout and --baseline (default: yes)",
+        help="do a training step in one operation where that gives the same: on the CPU or a CUDA"
+        " device, without --amp, --dropout and --baseline (default: yes)",
     )
-    group.add_argument("--device", type=device, default="cpu", help=default)
+    group.add_argument(
+        "--device",
+        type=usable_device,
+        default=default_device(),
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... (default: cuda if it can be used, else cpu; here %(default)s)",
+    )
     group.add_argument(
         "--amp",
         action=flag,
@@ -338,8 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     factor = warmup_cosine(steps=args.epochs * len(train_batches), warmup=0.15)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    step, is_cpu = None, torch.device(args.device).type == "cpu"
-    if args.compile and not (args.baseline or args.amp or args.dropout) and is_cpu:
+    step, has_step = None, torch.device(args.device).type in ("cpu", "cuda")
+    if args.compile and not (args.baseline or args.amp or args.dropout) and has_step:
         step = torchbp.compile_step(model, optimizer, args.label_smoothing)
     history: list[dict[str, Any]] = []
 
@@ -373,7 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     package = "torch.nn" if args.baseline else "torchbp.nn"
     images = [len(batches.dataset.images) for batches in (train_batches, test_batches)]
     print(f"{args.dataset}: {images[0]} training images, {images[1]} test images")
-    print(f"MLP {sizes}, {args.activation}, {parameters} parameters, {package} on {args.device}")
+    where = f"{args.device} ({device_name(args.device)})"
+    print(f"MLP {sizes}, {args.activation}, {parameters} parameters, {package} on {where}")
     print(folder, flush=True)
 
     code = 0

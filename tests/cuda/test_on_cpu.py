@@ -20,6 +20,7 @@ from tests.cuda.on_cpu.build import ROOT, build
 TESTS = (
     "tests/cuda/test_cuda.py",
     "tests/cuda/test_step.py",
+    "tests/cuda/test_scripts.py",
     "tests/cuda/emulator.py",
     "tests/optim/test_step.py::test_checkpoint_in_the_middle",
     "tests/optim/test_step.py::test_state_that_is_replaced",

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 import torchbp.data.cifar10
 from scripts import speedrun
 from tests.scripts.cifar import write_cifar
+from torchbp import train
 from torchbp.data import BatchLoader
 from torchbp.data.cifar10 import ImageDataset
 
@@ -33,7 +35,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files, and recipes for them."""
+    """Small files, and recipes for them, on the CPU; tests/cuda/test_scripts.py has the GPU."""
+    monkeypatch.setattr(speedrun, "default_device", lambda: "cpu")
     monkeypatch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
     recipes = {
         goal: replace(recipe, hidden=(16,), components=24, batch_size=25, epochs=3, lr=0.05)
@@ -62,7 +65,11 @@ def test_table_and_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert report["recipe"]["hidden"] == [16]
     last = output.splitlines()[-1]
     assert last.startswith(f"goal 60 % in 60 s: {'reached' if report['reached'] else 'missed'}, ")
-    assert last.endswith(f"{report['mean']['accuracy']:.2f} % in {report['mean']['seconds']:.1f} s")
+    mean = report["mean"]
+    assert last.endswith(
+        f"{mean['accuracy']:.2f} % in {mean['seconds']:.1f} s on {report['device']}"
+    )
+    assert report["device"] == train.device_name("cpu")
 
 
 def test_it_learns_and_repeats(data: Path, tmp_path: Path) -> None:
@@ -100,6 +107,60 @@ def test_the_goal_is_a_mean_of_last_epochs_within_the_limit(
     report = json.loads(file.read_text())
     assert report["reached"] == (accuracy >= 60 and seconds <= 60)
     assert report["mean"]["seconds"] == seconds
+
+
+def test_a_recipe_that_was_not_measured_says_so(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a goal without a limit on this device is one of accuracy alone."""
+    flags = ["--goal", "70", "--data-dir", str(data), "--seeds", "1", "--device", "cpu"]
+    assert speedrun.main(flags) == 0
+    *_, goal, note = capsys.readouterr().out.splitlines()
+    assert goal.startswith("goal 70 %: ")
+    assert note == "The recipe of 70 % is a guess that had not been measured before this run."
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0])
+def test_clocks_wait_for_a_gpu(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Each reading in its turn; a run that does not count comes before the first."""
+    events: list[str] = []
+    clock = iter([0.0, seconds, seconds + 1])
+
+    def read() -> float:
+        events.append("clock")
+        return next(clock)
+
+    def run(*arguments: Any) -> tuple[None, None]:
+        events.append(f"train {arguments[1].epochs}")
+        assert arguments[4] == torch.device("cuda")
+        return None, None
+
+    monkeypatch.setattr(speedrun, "time", SimpleNamespace(perf_counter=read))
+    monkeypatch.setattr(speedrun, "usable_device", str)
+    monkeypatch.setattr(speedrun, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(speedrun, "wait_for", lambda device: events.append("wait"))
+    monkeypatch.setattr(speedrun, "train", run)
+    monkeypatch.setattr(speedrun, "evaluate", lambda *arguments: (61.0, 62.0))
+    file = tmp_path / "runs.json"
+    flags = ["--data-dir", str(data), "--seeds", "1", "--device", "cuda", "--json", str(file)]
+    assert speedrun.main(flags) == 0
+    expected = "train 1, wait, clock, train 3, wait, clock, clock"  # evaluation ends on the CPU
+    assert ", ".join(events) == expected
+    report = json.loads(file.read_text())
+    assert report["device"] == "a GPU"
+    assert report["reached"] == (seconds <= 2)
+
+
+def test_products_in_tf32() -> None:
+    """Where they are allowed, and no longer than that."""
+    setting = torch.backends.cuda.matmul
+    before = setting.allow_tf32
+    with speedrun.products_in_tf32(not before):
+        inside = setting.allow_tf32
+    assert inside != before
+    assert setting.allow_tf32 == before
 
 
 def images(n: int) -> SimpleNamespace:
@@ -178,6 +239,8 @@ BAD_FLAGS = {
     "--data-dir x --seeds 0": "'0' is not an integer of at least 1",
     "--data-dir x --epochs 1.5": "'1.5' is not an integer of at least 1",
     "--data-dir x --threads -1": "'-1' is not an integer of at least 1",
+    "--data-dir x --device abacus": "'abacus' cannot be used: ",
+    "--data-dir x --device cuda:99": "'cuda:99' cannot be used: ",
     "--data-dir x --seed 1": "unrecognized arguments: --seed",  # no abbreviations
 }
 

@@ -46,13 +46,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small files, on the CPU; tests/cuda/test_scripts.py has the GPU."""
+    monkeypatch.setattr(train_cifar10, "default_device", lambda: "cpu")
     monkeypatch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
     with torch.random.fork_rng():
         yield
 
 
 def start(*flags: str) -> subprocess.Popen[str]:
-    """The script in a process of its own, on the small files."""
+    """The script in a process of its own, on the small files and the CPU."""
     code = (
         "import runpy, signal, sys, torchbp.data.cifar10 as cifar10\n"
         # Where the tests run in the background, SIGINT may be ignored, and that is inherited.
@@ -66,7 +68,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", code, *flags],
+        [sys.executable, "-c", code, "--device", "cpu", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,6 +111,7 @@ def test_a_run(data: Path, tmp_path: Path, kind: list[str]) -> None:
     lines = output.splitlines()
     assert lines[0] == "cifar10: 300 training images, 60 test images"
     assert LAST_LINE.fullmatch(lines[-1])
+    assert lines[1].endswith(f"{'torch.nn' if kind else 'torchbp.nn'} on cpu (1 CPU thread)")
     assert "\x1b" not in output  # no bar, no colour
     assert [line.split()[0] for line in lines[3:-1]] == ["epoch", "1", "2"]
 
@@ -295,6 +298,7 @@ BAD_FLAGS = {
     "--batch-size 0": "argument -b/--batch-size",
     "--threads 0": "argument --threads",
     "--device nonsense": "argument --device: 'nonsense' cannot be used",
+    "--device cuda:99": "argument --device: 'cuda:99' cannot be used",
     "--dataset mnist": "argument --dataset: invalid choice: 'mnist'",
     "--dataset cifar10": "--dataset cifar10 needs --data-dir",
     "--download": "--data-dir and --download are for --dataset cifar10",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp import compile_step
-from torchbp.train import Metrics, confusion_matrix, evaluate, fit, train_epoch, warmup_cosine
+from torchbp.train import Metrics, confusion_matrix, evaluate, fit, loop, train_epoch, warmup_cosine
 
 N, D, C = 20, 5, 3
 
@@ -94,6 +95,60 @@ def test_on_batch_counts_images() -> None:
     )
     assert [images for images, _ in seen] == [8, 16, 20]
     assert seen[-1][1] == result
+
+
+def test_metrics_that_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here every two batches: the same in the end, and in between those looked at."""
+    wanted = train_epoch(linear(), nn.CrossEntropyLoss(), *sgd(linear()), Batches())
+    steps: list[Metrics] = []
+    train_epoch(
+        linear(),
+        nn.CrossEntropyLoss(),
+        *sgd(linear()),
+        Batches(),
+        on_batch=lambda images, metrics: steps.append(metrics),
+    )
+    monkeypatch.setattr(loop, "_most_waiting", lambda device: 2)
+    seen: list[tuple[int, Metrics]] = []
+    result = train_epoch(
+        linear(),
+        nn.CrossEntropyLoss(),
+        *sgd(linear()),
+        Batches(),
+        on_batch=lambda *batch: seen.append(batch),
+    )
+    assert result == wanted
+    # The first is looked at at once; the second waits for the third.
+    assert seen == [(8, steps[0]), (16, steps[0]), (20, steps[2])]
+    assert evaluate(linear(), nn.CrossEntropyLoss(), Batches()) == pytest.approx(wanted)
+
+
+def test_a_loss_that_is_not_finite_is_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_most_waiting", lambda device: 64)
+    batches = Batches()
+    batches.x[8, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf).*learning rate"):
+        train_epoch(linear(), nn.CrossEntropyLoss(), *sgd(linear()), batches)
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf).*learning rate"):
+        evaluate(linear(), nn.CrossEntropyLoss(), batches)
+
+
+def test_fit_waits_for_the_device_before_it_reads_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    clock = iter([10.0, 14.0])
+
+    def read() -> float:
+        events.append("clock")
+        return next(clock)
+
+    model, batches = linear(), Batches()
+    optimizer, scheduler = sgd(model)
+    monkeypatch.setattr(loop, "wait_for", lambda device: events.append(device.type))
+    monkeypatch.setattr(time, "perf_counter", read)
+    history: list[dict[str, Any]] = []
+    fit(model, nn.CrossEntropyLoss(), optimizer, scheduler, batches, batches, 1, history)
+    assert events == ["cpu", "clock", "cpu", "clock"]
+    assert (history[0]["seconds"], history[0]["images_per_second"]) == (4, N / 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

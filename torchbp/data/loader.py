@@ -329,7 +329,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     value = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        share = torch.bincount(channel.flatten(), minlength=256).cpu().double() / channel.numel()
         mean = share @ value
         variance = share @ (value - mean).square()
         means.append(mean.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchbp.train.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from torchbp.train.device import default_device, device_name, usable_device, wait_for
 from torchbp.train.files import write_file
 from torchbp.train.log import Log
 from torchbp.train.loop import Metrics, confusion_matrix, evaluate, fit, train_epoch, warmup_cosine
@@ -11,12 +12,16 @@ __all__ = [
     "Log",
     "Metrics",
     "confusion_matrix",
+    "default_device",
+    "device_name",
     "evaluate",
     "fit",
     "load_checkpoint",
     "save_checkpoint",
     "save_weights",
     "train_epoch",
+    "usable_device",
+    "wait_for",
     "warmup_cosine",
     "write_file",
 ]

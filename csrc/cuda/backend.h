@@ -1,7 +1,7 @@
 // The CUDA backend: what ops.h calls to run a description on a GPU. The functions are those of cpu/backend.h.
 //
 // Every call launches on the device of its description and on PyTorch's current stream of that device, and returns
-// without waiting (but for the first product of a size with a ReLU, which is tried out).
+// without waiting (but for the first product of a size with a ReLU or its gradient, which is tried out).
 //
 // So a class index out of range raises late: the loss is nan and the row counts nothing, and the next call of a
 // cross-entropy or of its backward on that device which finds the kernel done raises. Nothing is poisoned, and everything
@@ -30,6 +30,11 @@ struct Cuda {
   static constexpr bool fused_products = true;
   static std::optional<Tensor> affine_relu(const Tensor& x, const Tensor& weight, const Tensor& bias);
   static std::optional<std::array<Tensor, 2>> weight_and_bias_gradient(const Tensor& dz, const Tensor& x);
+
+  // dz W, of matrices, with the gradient of the ReLU that made h applied to it; nothing as above. With false, mlp's
+  // backward does that in a pass of its own: no GPU has shown yet which is faster.
+  static constexpr bool fused_relu_gradient = true;
+  static std::optional<Tensor> product_through_relu(const Tensor& dz, const Tensor& weight, const Tensor& h);
 
   static void elementwise(Kernel kernel, const Loop& loop);
   // `total` may be null.

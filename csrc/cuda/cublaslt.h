@@ -17,8 +17,15 @@ enum Type : int { kFloat = 0, kHalf = 2, kBFloat16 = 14 };
 enum ComputeType : int { kCompute32F = 68, kComputeTF32 = 77 };
 enum MathMode : int { kMathTF32 = 3 };
 enum Operation : int { kAsIs = 0, kTransposed = 1 };
-enum Epilogue : uint32_t { kDefault = 1, kReluBias = 2 | 4, kBiasGradientB = 512 };
-enum ProductAttribute : int { kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8 };
+enum Epilogue : uint32_t { kDefault = 1, kReluBias = 2 | 4, kReluGradient = 8 | 128, kBiasGradientB = 512 };
+enum ProductAttribute : int {
+  kTransposeA = 3,
+  kTransposeB = 4,
+  kEpilogue = 7,
+  kBiasPointer = 8,
+  kMaskPointer = 11,  // "EPILOGUE_AUX"
+  kMaskLeading = 12   // int64_t, in bits
+};
 enum PreferenceAttribute : int {
   kMostWorkspace = 1,
   kReductionSchemes = 3,

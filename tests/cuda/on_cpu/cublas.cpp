@@ -1,7 +1,8 @@
 // Stands in for cuBLASLt: the products that csrc/cuda/products.cu asks for, as loops over what its descriptors say.
 //
 // Written from NVIDIA's documentation (cuBLAS 13, "cublasLtMatmul()" and "cublasLtEpilogue_t"). What it would refuse is an
-// error here. A product of 24 rows has a ReLU that loses nan, to be found out.
+// error here. A product of 24 rows has a ReLU that loses nan, and one of 40 rows a ReLU's gradient that lets it
+// through where the mask is 0, and one of 48 rows a mask whose bits are the other way round: to be found out.
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
@@ -27,6 +28,8 @@ struct MatrixProduct {
   Operation transpose_a = kAsIs, transpose_b = kAsIs;
   Epilogue epilogue = kDefault;
   void* vector = nullptr;
+  const uint8_t* mask = nullptr;
+  int64_t mask_leading = 0;
 };
 struct Preference {
   uint64_t workspace = 0;
@@ -65,6 +68,10 @@ Status set_product(Descriptor product, ProductAttribute attribute, const void* v
       return assign(p.epilogue, value, size);
     case kBiasPointer:
       return assign(p.vector, value, size);
+    case kMaskPointer:
+      return assign(p.mask, value, size);
+    case kMaskLeading:
+      return assign(p.mask_leading, value, size);
   }
   return 7;
 }
@@ -86,13 +93,16 @@ Status set_preference(Descriptor preference, PreferenceAttribute attribute, cons
 
 constexpr size_t kWorkspace = 1000;
 
-Status look(Handle, Descriptor, Descriptor a, Descriptor b, Descriptor c, Descriptor d, Descriptor preference,
+Status look(Handle, Descriptor product, Descriptor a, Descriptor b, Descriptor c, Descriptor d, Descriptor preference,
             int wanted, Heuristic* result, int* found) {
   STD_TORCH_CHECK(wanted == 1 && as<Preference>(preference).workspace >= kWorkspace);
   for (const Descriptor m : {a, b, c, d}) {
     const Matrix& matrix = as<Matrix>(m);
     STD_TORCH_CHECK(matrix.leading * (matrix.type == kFloat ? 4 : 2) % 16 == 0 || m == d || m == c);
   }
+  const auto& p = as<MatrixProduct>(product);
+  STD_TORCH_CHECK(p.epilogue != kReluGradient || (reinterpret_cast<uintptr_t>(p.mask) % 16 == 0 && p.mask &&
+                                                  p.mask_leading % 128 == 0 && p.mask_leading >= as<Matrix>(d).rows));
   *result = {};
   result->algorithm.data[0] = 42;
   result->workspace = kWorkspace;
@@ -120,6 +130,11 @@ void multiply(const MatrixProduct& p, const T* a, const Matrix& of_a, const T* b
       if (p.epilogue == kReluBias) {
         sum += static_cast<float>(vector[i]);
         sum = m == 24 ? std::fmax(sum, 0.0) : sum < 0 ? 0 : sum;
+      }
+      if (p.epilogue == kReluGradient) {
+        const int64_t bit = i + j * p.mask_leading;
+        const int passes = p.mask[bit / 8] >> (m == 48 ? 7 - bit % 8 : bit % 8) & 1;
+        sum = m == 40 ? sum * passes : passes ? sum : 0;
       }
       d[i + j * of_d.leading] = static_cast<T>(static_cast<float>(sum));
     }

@@ -190,8 +190,9 @@ class Sanitizers(Figure):
     sample = 0.1
     sources = (
         "setup.py", "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "tests/sanitizers/*",
-        "torchbp/**/*.py", "tests/**/*.py", "scripts/reliability_sanitizers.py",
-        "scripts/reliability_tree.py",
+        "torchbp/**/*.py", "tests/*.py", "tests/cpu/*.py", "tests/data/*.py",
+        "tests/functions/*.py", "tests/nn/*.py", "tests/optim/*.py",
+        "scripts/reliability_sanitizers.py", "scripts/reliability_tree.py",
     )  # fmt: skip
 
     def pieces(self, fraction: float = 1.0) -> list[Piece]:

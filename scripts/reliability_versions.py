@@ -115,7 +115,10 @@ class Versions(Figure):
     )
     unit = "runs"
     sample = 0.05
-    sources = ("tests/**/*.py", "torchbp/**/*.py", "scripts/reliability_versions.py")
+    sources = (
+        "tests/*.py", "tests/cpu/*.py", "tests/functions/*.py", "tests/nn/*.py", "tests/optim/*.py",
+        "torchbp/**/*.py", "scripts/reliability_versions.py",
+    )  # fmt: skip
 
     def pieces(self, fraction: float = 1.0) -> list[Piece]:
         found = environments()

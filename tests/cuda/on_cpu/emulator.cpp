@@ -125,7 +125,11 @@ void run_block() {
   block.exchange.assign((threads + 31) / 32 * 32, 0);
   std::vector<unsigned> ready(threads);
   std::iota(ready.begin(), ready.end(), 0);
+  // Half of the warps go on only while no other one can: those that kept in step would hide that they must wait.
+  const unsigned slow_warps = static_cast<unsigned>(block.random());
+  const auto slow = [&](unsigned t) { return slow_warps >> (t / 32) & 1; };
   while (!ready.empty()) {
+    if (!std::all_of(ready.begin(), ready.end(), slow)) std::erase_if(ready, slow);
     std::shuffle(ready.begin(), ready.end(), block.random);
     for (const unsigned t : ready) resume(t);
     release();

@@ -17,9 +17,9 @@
 #include <optional>
 
 #define TORCHBP_LEVEL cuda
-#include "../columns.h"
 #include "../softmax_ce.h"
 #include "../trainer.h"
+#include "activation.h"
 #include "group.h"
 #include "launch.h"
 #include "rules.h"
@@ -160,43 +160,6 @@ __device__ __forceinline__ void product(const Factor& a, const Factor& b, int de
       for (int i = 0; i < kTile; ++i)
 #pragma unroll
         for (int j = 0; j < kTile; ++j) sum[i][j] += of_a[q][i] * of_b[q][j];
-  }
-}
-
-// ---- the activation ----------------------------------------------------------------------------------------------
-
-struct Nothing {
-  template <class C, int n>
-  static TORCHBP_INLINE void apply(const C (&in)[n], C (&out)[1], C) {
-    out[0] = in[0];
-  }
-};
-
-// f(column) with the column of a row that saves x or y, as activations do; without one, what changes nothing.
-template <class F>
-__device__ __forceinline__ void with_forward(Kernel kernel, const F& f) {
-  switch (kernel) {
-#define ROW(name, ...)                                               \
-  case Kernel::name##_forward:                                       \
-    if constexpr (name##_backward::inputs == 2) f(name##_forward()); \
-    return;
-    TORCHBP_UNARY_GATES(ROW)
-#undef ROW
-    default:
-      f(Nothing());
-  }
-}
-template <class F>
-__device__ __forceinline__ void with_backward(Kernel kernel, const F& f) {
-  switch (kernel) {
-#define ROW(name, ...)                                                \
-  case Kernel::name##_backward:                                       \
-    if constexpr (name##_backward::inputs == 2) f(name##_backward()); \
-    return;
-    TORCHBP_UNARY_GATES(ROW)
-#undef ROW
-    default:
-      f(Nothing());
   }
 }
 

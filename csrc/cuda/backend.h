@@ -15,8 +15,10 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "../activation.h"
 #include "../kernels.h"
 #include "../optim.h"
 
@@ -25,7 +27,22 @@ namespace torchbp {
 struct Cuda {
   using Tensor = torch::stable::Tensor;
 
-  static constexpr bool own_products = false;  // PyTorch's: cuBLAS
+  // Products of this backend's own are those of a whole narrow network in a half type (narrow.cu), as cpu/backend.h has
+  // them; those of a layer alone are cuBLASLt's or PyTorch's.
+  static constexpr bool own_products = true;
+  static bool fits(const Tensor&, const Tensor&) { return false; }
+  static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Activation& f, double parameter);
+  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
+                                               bool need_weight, bool need_bias);
+  static bool fits_network(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
+  static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                 const Activation& f, double parameter);
+  static bool fits_saved(const std::vector<Tensor>& saved, int64_t n);
+  static std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& saved, const Activation& f, double parameter,
+                                          bool need_x, const std::vector<int64_t>& need_weights,
+                                          const std::vector<int64_t>& need_biases);
   // relu(x W^T + b), and (dz^T x, sum of dz over the rows), of matrices, in one; nothing if cuBLASLt has no such product.
   static constexpr bool fused_products = true;
   static std::optional<Tensor> affine_relu(const Tensor& x, const Tensor& weight, const Tensor& bias);

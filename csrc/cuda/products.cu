@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Whether a matrix is row-major without gaps, where 16 bytes can be read at a time, and neither empty nor of a dtype that
 // has no epilogues.
-bool fits(const Tensor& t) {
+bool has_epilogues(const Tensor& t) {
   return t.numel() > 0 && t.is_contiguous() && t.scalar_type() != ScalarType::Double &&
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
          (t.size(t.dim() - 1) * static_cast<int64_t>(t.element_size())) % 16 == 0;
@@ -309,12 +309,12 @@ Type type_of(const Tensor& t) {
 }  // namespace
 }  // namespace cuda
 
-using cuda::fits;
+using cuda::has_epilogues;
 using torch::stable::Tensor;
 
 std::optional<Tensor> Cuda::affine_relu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const cublaslt::Library* const lt = cuda::library();
-  if (!lt || !fits(x) || !fits(weight) || !fits(bias)) return std::nullopt;
+  if (!lt || !has_epilogues(x) || !has_epilogues(weight) || !has_epilogues(bias)) return std::nullopt;
   const int64_t n = x.size(0), in = x.size(1), out = weight.size(0);
   const Tensor y = empty({n, out}, x.scalar_type(), x);
   const cuda::Launch launch("linear", x.get_device_index());
@@ -396,7 +396,7 @@ std::optional<Tensor> Cuda::product_through_relu(const Tensor& dz, const Tensor&
 
 std::optional<std::array<Tensor, 2>> Cuda::weight_and_bias_gradient(const Tensor& dz, const Tensor& x) {
   const cublaslt::Library* const lt = cuda::library();
-  if (!lt || !fits(dz) || !fits(x)) return std::nullopt;
+  if (!lt || !has_epilogues(dz) || !has_epilogues(x)) return std::nullopt;
   const int64_t n = x.size(0), in = x.size(1), out = dz.size(1);
   const Tensor dw = empty({out, in}, x.scalar_type(), x), db = empty({out}, x.scalar_type(), x);
   const cuda::Launch launch("linear_backward", x.get_device_index());

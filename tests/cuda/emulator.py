@@ -36,3 +36,10 @@ def test_shared_memory_is_full_of_nan() -> None:
 def test_a_write_beyond_shared_memory() -> None:
     with pytest.raises(RuntimeError, match="writes beyond its shared memory"):
         run("beyond_shared")
+
+
+def test_blocks_of_the_tensor_cores() -> None:
+    """A lane holds two neighbours of a row of the transpose; loading them is no barrier."""
+    wanted = torch.arange(64.0).view(8, 8).mT.flatten()
+    assert torch.equal(run("blocks"), wanted)
+    assert not torch.equal(run("blocks_no_barrier"), wanted)

@@ -19,6 +19,7 @@ from tests.cuda.on_cpu.build import ROOT, build
 #: What runs on the emulator: the GPU's own tests, and others of the operations that it has.
 TESTS = (
     "tests/cuda/test_cuda.py",
+    "tests/cuda/test_narrow.py",
     "tests/cuda/test_step.py",
     "tests/cuda/test_scripts.py",
     "tests/cuda/emulator.py",

@@ -5,6 +5,7 @@
 
 #define TORCHBP_LEVEL cuda
 #include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/tensor_core.h"
 
 namespace torchbp {
 namespace {
@@ -52,12 +53,37 @@ Tensor run_shared(const Tensor& like) {
   return y;
 }
 
+// Writes the rows of four blocks of 8 x 8, numbered through, each by another lane than the one that names it to
+// load_blocks: what the lanes get of the transposed first one.
+template <bool barrier>
+__global__ void load_transposed(float* to) {
+  alignas(16) __shared__ cuda::Half rows[32][8];
+  const int lane = threadIdx.x % 32;
+  for (int c = 0; c < 8; ++c) cuda::store(&rows[31 - lane][c], static_cast<float>(8 * (31 - lane) + c));
+  if (barrier) __syncwarp();
+  uint32_t blocks[4];
+  cuda::load_blocks<true>(blocks, rows[lane]);
+  const auto pair = cuda::bits<cuda::Pack<cuda::Half, 2>>(blocks[0]);
+  to[2 * lane] = cuda::load(pair.value[0]);
+  to[2 * lane + 1] = cuda::load(pair.value[1]);
+  __syncwarp();
+  for (int c = 0; c < 8; ++c) rows[lane][c] = cuda::Half(-1);
+}
+
+template <bool barrier>
+Tensor run_transposed(const Tensor& like) {
+  const Tensor y = torch::stable::empty({kThreads}, like.scalar_type());
+  const cuda::Launch launch("faults", -1);
+  launch(load_transposed<barrier>, 1, 32, static_cast<float*>(y.mutable_data_ptr()));
+  return y;
+}
+
 }  // namespace
 }  // namespace torchbp
 
 STABLE_TORCH_LIBRARY(torchbp_faults, m) {
-  for (const char* name :
-       {"none", "no_barrier", "barrier_in_a_branch", "shuffle_in_a_branch", "shared", "beyond_shared"})
+  for (const char* name : {"none", "no_barrier", "barrier_in_a_branch", "shuffle_in_a_branch", "shared",
+                           "beyond_shared", "blocks", "blocks_no_barrier"})
     m.def((std::string(name) + "(Tensor like) -> Tensor").c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_faults, CUDA, m) {
@@ -67,4 +93,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchbp_faults, CUDA, m) {
   m.impl("shuffle_in_a_branch", TORCH_BOX(&torchbp::run<torchbp::shuffle_in_a_branch>));
   m.impl("shared", TORCH_BOX(&torchbp::run_shared<0>));
   m.impl("beyond_shared", TORCH_BOX(&torchbp::run_shared<1>));
+  m.impl("blocks", TORCH_BOX(&torchbp::run_transposed<true>));
+  m.impl("blocks_no_barrier", TORCH_BOX(&torchbp::run_transposed<false>));
 }

@@ -272,9 +272,15 @@ struct Backward {
   BackwardLayer layer[kBackwardLayers<64>];
 };
 
+// Whether a block reads dz of its next rows while it has others in hand: where it is alone on its multiprocessor, nothing
+// else would go on meanwhile.
+template <int width>
+constexpr bool kReadsAhead = kBackwardBlocks<width> == 1;
+
 template <class T, int width>
 constexpr size_t backward_bytes(int layers) {
-  return sizeof(T) * (layers * width * width + 3 * kBlockRows * width) + sizeof(float) * layers * width;
+  return sizeof(T) * (layers * width * width + (kReadsAhead<width> ? 4 : 3) * kBlockRows * width) +
+         sizeof(float) * layers * width;
 }
 
 // A warp's part of dW = dz^T h: a half of its rows and a quarter of its columns. And of db, the sums of dz over the rows,
@@ -355,18 +361,24 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks<width>)
   constexpr int most = kBackwardLayers<width>;
   // The weights, dz of the block's rows, h of them twice (one layer's is read while another's is used), and db.
   const Tile<T, width> weights{static_cast<T*>(dynamic_shared())};
-  const Tile<T, width> dz = weights.from_row(a.layers * width), hs = dz.from_row(kBlockRows);
-  const int warp = threadIdx.x / 32;
-  const Tile<T, width> own = dz.from_row(warp * kWarpRows);
+  const Tile<T, width> dzs = weights.from_row(a.layers * width);
+  const Tile<T, width> hs = dzs.from_row((kReadsAhead<width> ? 2 : 1) * kBlockRows);
   float* const db = reinterpret_cast<float*>(hs.from_row(2 * kBlockRows).data);
+  const int warp = threadIdx.x / 32;
   for (int i = 0; i < a.layers; ++i)
     read(weights.from_row(i * width), width, a.layer[i].weight, a.layer[i].in, a.layer[i].out, threadIdx.x, blockDim.x);
 
-  int now = 0;  // which of the two h
+  int now = 0, now_dz = 0;  // which of two
   const auto h_of = [&](int which) { return hs.from_row(which * kBlockRows); };
+  const auto dz_of = [&](int which) { return dzs.from_row(kReadsAhead<width> ? which * kBlockRows : 0); };
+  const auto own_of = [&](int which) { return dz_of(which).from_row(warp * kWarpRows); };
   const auto begin_h = [&](int i, int row, int which) {
     const int in = a.layer[i].in;
     read(h_of(which), kBlockRows, row_of<T>(a.layer[i].h, row, in), in, a.n - row, threadIdx.x, blockDim.x);
+  };
+  const auto begin_dz = [&](int row, int which) {
+    const int first = row + warp * kWarpRows, out = a.layer[a.layers - 1].out;
+    read(own_of(which), kWarpRows, row_of<T>(a.dz, first, out), out, a.n - first, threadIdx.x % 32, 32);
   };
   Gradient<T, width> gradient[most];
 #pragma unroll
@@ -375,20 +387,23 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks<width>)
 
   const int step = gridDim.x * kBlockRows;
   begin_h(a.layers - 1, blockIdx.x * kBlockRows, now);
+  if (kReadsAhead<width>) begin_dz(blockIdx.x * kBlockRows, now_dz);
   for (int row = blockIdx.x * kBlockRows; row < a.n; row += step) {
     const int first = row + warp * kWarpRows, there = a.n - first;  // of the warp's rows
-    const int out = a.layer[a.layers - 1].out;
-    read(own, kWarpRows, row_of<T>(a.dz, first, out), out, there, threadIdx.x % 32, 32);
+    const Tile<T, width> dz = dz_of(now_dz), own = own_of(now_dz);
+    if (!kReadsAhead<width>) begin_dz(row, now_dz);
 #pragma unroll
     for (int i = most - 1; i >= 0; --i) {
       if (i >= a.layers) continue;
       const BackwardLayer& layer = a.layer[i];
       __pipeline_wait_prior(0);
       __syncthreads();
-      if (i > 0)
+      if (i > 0) {
         begin_h(i - 1, row, now ^ 1);
-      else if (row + step < a.n)
+      } else if (row + step < a.n) {
         begin_h(a.layers - 1, row + step, now ^ 1);
+        if (kReadsAhead<width>) begin_dz(row + step, now_dz ^ 1);
+      }
       if (layer.sum >= 0) gradient[i].add(dz, h_of(now), db + i * width);
       if (i > 0 || a.dx) {
         Rows<T, width> rows;
@@ -429,6 +444,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks<width>)
       }
       now ^= 1;
     }
+    now_dz ^= 1;
   }
 #pragma unroll
   for (int i = 0; i < most; ++i)

@@ -64,7 +64,7 @@ std::vector<Tensor> mlp_backward<Cuda>(const Tensor& dy, const Tensor& x, const 
                                        bool need_x, const std::vector<int64_t>& need_weights,
                                        const std::vector<int64_t>& need_biases) {
   const Activation f = activation_of("mlp_backward", activation);
-  if (!Cuda::fused_relu_gradient || f.forward != Kernel::relu_forward ||
+  if (!Cuda::fused_relu_gradient || f.forward != Kernel::relu_forward || Cuda::fits_network(x, weights, {}) ||
       !are_matrices(dy, x, weights, saved, need_weights.size(), need_biases.size()))
     return mlp_backward<PlainCuda>(dy, x, weights, saved, activation, parameter, need_x, need_weights, need_biases);
   const size_t layers = weights.size();

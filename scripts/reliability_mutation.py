@@ -78,7 +78,7 @@ STAGES: dict[str, list[list[str]]] = {
     ],
     "python": [
         ["tests/functions/test_check.py", "-k", "not compiled"],
-        ["tests/test_functional.py", "tests/nn"],
+        ["tests/functions/test_mlp.py", "tests/test_functional.py", "tests/nn"],
         ["tests/functions/test_softmax_ce.py", "tests/functions/test_register.py"],
         ["tests/functions/test_gate.py", "tests/test_fuzz.py", "-k", _NOT_COMPILED],
         ["tests/functions/test_check.py", "-k", "compiled"],

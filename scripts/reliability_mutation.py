@@ -78,7 +78,8 @@ STAGES: dict[str, list[list[str]]] = {
     ],
     "python": [
         ["tests/functions/test_check.py", "-k", "not compiled"],
-        ["tests/functions/test_mlp.py", "tests/test_functional.py", "tests/nn"],
+        ["tests/functions/test_mlp.py", "tests/cuda/test_late_errors.py",
+         "tests/test_functional.py", "tests/nn"],
         ["tests/functions/test_softmax_ce.py", "tests/functions/test_register.py"],
         ["tests/functions/test_gate.py", "tests/test_fuzz.py", "-k", _NOT_COMPILED],
         ["tests/functions/test_check.py", "-k", "compiled"],
@@ -155,6 +156,7 @@ class Mutation(Figure):
         "setup.py", "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "torchbp/functions/*.py",
         "torchbp/functional.py", "tests/*.py", "tests/functions/*.py", "tests/cpu/*.py",
         "tests/nn/*.py", "tests/optim/*.py", "tests/data/test_loader.py",
+        "tests/cuda/test_late_errors.py",
         "scripts/reliability_mut*.py", "scripts/reliability_killer.py",
     )  # fmt: skip
     equivalent: ClassVar[dict[str, str]] = EQUIVALENT

@@ -21,6 +21,12 @@ struct Sgd {
         momentum(static_cast<C>(u.momentum)),
         share(static_cast<C>(1 - u.dampening)) {}
 
+  // A number or a vector of them.
+  template <class V>
+  TORCHBP_INLINE V moved(V old, V direction) const {
+    return old - lr * direction;
+  }
+
   // Element i; there is a buffer if there is momentum.
   template <class T>
   TORCHBP_INLINE void operator()(T* p, const T* grad, T* buffer, T*, int64_t i) const {
@@ -32,7 +38,7 @@ struct Sgd {
       store(buffer + i, b);
       g = nesterov ? g + momentum * b : b;
     }
-    store(p + i, old - lr * g);
+    store(p + i, moved(old, g));
   }
 };
 
@@ -65,6 +71,13 @@ struct AdamW {
     store(p + i, keep * load(p[i]) - size * m / (std::sqrt(v) * scale + eps));
   }
 };
+
+// Gradient descent and nothing else: a product whose result is a gradient does it while that is in registers.
+using PlainSgd = Sgd<float, false, false, false>;
+
+inline bool is_plain(const Update& u) {
+  return u.rule == Rule::sgd && u.momentum == 0 && u.weight_decay == 0 && !u.maximize;
+}
 
 // f(rule) with the rule that an update follows: what it leaves out is known where f is compiled.
 template <class C, class F>

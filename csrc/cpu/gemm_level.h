@@ -40,6 +40,7 @@ constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while
 constexpr int64_t kNear = 8 * 1024;          // numbers of an operand that stays in L1 as it is
 constexpr int64_t kCached = 32 * 1024;       // numbers of all operands of a product that needs no prefetch
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
+constexpr int64_t kLongRun = 256;            // numbers of a row of C, of which a tile's are to stay in L1
 
 template <class V = Vector>
 TORCHBP_INLINE V load_vector(const void* p) {
@@ -85,6 +86,7 @@ struct TileProduct {
   float* to = nullptr;
   int64_t a_stride = 0, b_stride = 0, to_stride = 0;
   const void* bias_of_rows = nullptr;  // to be added in the end, or null
+  const PlainSgd* update = nullptr;    // the product is the gradient of what `to` holds, which is updated; or null
 };
 
 // In as many vectors of type V as cover a panel's columns.
@@ -116,6 +118,14 @@ void multiply_tile(const TileProduct& t) {
     for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast<V>(load(bias[i]));
+  }
+  if (t.update) {
+    const PlainSgd rule = *t.update;
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v)
+        sum[i][v] = rule.moved(load_vector<V>(t.to + i * t.to_stride + v * lanes), sum[i][v]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < mr; ++i)
@@ -403,23 +413,28 @@ inline void update_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
   });
 }
 
-// Whether a tile of C can be the memory of multiply_tile and of what follows it.
+// Whether the memory of C can be that of tiles as wide as panels.
 template <class T>
-bool finishes_in_place(const Gemm& g, int64_t nr) {
-  const bool in_one_run = g.c_i == nr || !(g.activation || g.gradient);
-  return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && nr == width_of(nr) && in_one_run && !g.update &&
-         !(g.bias && !g.bias_of_row);
+bool tiles_in_c(const Gemm& g) {
+  return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && (!g.update || is_plain(*g.update)) && !(g.bias && !g.bias_of_row);
 }
 
-inline void finish_in_place(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr) {
-  const auto here = [at = i * g.c_i + j](const void* p) { return static_cast<const float*>(p) + at; };
+// Whether a panel, or some side by side, are as wide as what is computed.
+inline bool is_full(int64_t columns) {
+  const int64_t rest = columns % kPanel;
+  return rest == 0 || rest == width_of(rest);
+}
+
+// Rows [i, i + mr) of C, which are one run.
+inline void finish_in_place(const Gemm& g, int64_t i, int64_t mr) {
+  const auto here = [at = i * g.c_i](const void* p) { return static_cast<const float*>(p) + at; };
   void* const outputs[] = {const_cast<float*>(here(g.c))};
   if (g.activation) {
     const void* const inputs[] = {here(g.z ? g.z : g.c)};
-    g.activation(outputs, inputs, mr * nr, g.parameter);
+    g.activation(outputs, inputs, mr * g.c_i, g.parameter);
   } else if (g.gradient) {
     const void* const inputs[] = {here(g.c), here(g.saved)};
-    g.gradient(outputs, inputs, mr * nr, g.parameter);
+    g.gradient(outputs, inputs, mr * g.c_i, g.parameter);
   }
 }
 
@@ -461,9 +476,12 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
   const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
   const int64_t deepest = std::min(kBlock, std::max<int64_t>(all, 1));
   const int64_t together = std::min(end - begin, std::max<int64_t>(1, kPanelBytes / (deepest * kPanel * 4)));
+  const bool in_c = tiles_in_c<T>(g), has_function = g.activation || g.gradient;
+  const PlainSgd plain(g.update ? *g.update : Update());
   // Rows in tiles of equal height, as many as there are registers for.
   const int64_t tiles = (i_end - i_begin + kTileRows - 1) / kTileRows;
-  const auto row_of = [&](int64_t tile) { return i_begin + (i_end - i_begin) * tile / tiles; };
+  const int64_t least = (i_end - i_begin) / tiles, larger = (i_end - i_begin) % tiles;
+  const auto row_of = [&](int64_t tile) { return i_begin + tile * least + std::min(tile, larger); };
   constexpr int64_t tile_size = kTileRows * kPanel;
   const int64_t held = one_block ? tiles : std::min(tiles, std::max<int64_t>(1, kHeld / (together * tile_size)));
   const int64_t copied = b_in_place ? 0 : together * deepest * kPanel;
@@ -472,6 +490,9 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
   float* const unfinished = panels + copied;
   for (int64_t p0 = begin; p0 < end; p0 += together) {
     const int64_t p1 = std::min(end, p0 + together), width = p1 - p0;
+    // Functions want rows that are one run.
+    const int64_t columns = std::min(g.n, p1 * kPanel) - p0 * kPanel;
+    const bool in_one_run = in_c && has_function && g.c_i == columns && columns <= kLongRun && is_full(columns);
     for (int64_t t0 = 0; t0 < tiles; t0 += held) {
       const int64_t t1 = std::min(tiles, t0 + held);
       for (int64_t k0 = 0; k0 == 0 || k0 < all; k0 += kBlock) {
@@ -485,11 +506,11 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
           const int64_t next_i = row_of(turn ? t0 : t + 1), next_k = turn ? k0 + kBlock : k0;
           for (int64_t p = p0; p < p1; ++p) {
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
+            const bool direct = has_function ? in_one_run : in_c && is_full(nr);
             float* const tile = one_block ? unfinished : unfinished + ((t - t0) * width + p - p0) * tile_size;
             if (!in_cache && g.update) prefetch_update(g, i, column, mr);
             if (!in_cache && next_k < all)
               prefetch_a<T>(g, next_i, mr, next_k, std::min(kBlock, all - next_k), p - p0, width);
-            const bool direct = finishes_in_place<T>(g, nr);
             TileProduct product{.kc = kc, .first = k0 == 0};
             product.a = a_in_place ? static_cast<const Word*>(g.a) + i * g.a_i + k0 * g.a_k : copy;
             product.a_stride = a_in_place ? (by_rows ? g.a_i : g.a_k) : by_rows ? kRowStride : kColumnStride;
@@ -498,13 +519,12 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
             product.b_stride = b_in_place ? g.b_k : kPanel;
             product.to = direct ? static_cast<float*>(g.z ? g.z : g.c) + i * g.c_i + column : tile;
             product.to_stride = direct ? g.c_i : kPanel;
+            product.update = direct && g.update ? &plain : nullptr;
             product.bias_of_rows = last && g.bias && g.bias_of_row ? static_cast<const T*>(g.bias) + i : nullptr;
             multiply_for<T>(mr, nr, by_rows)(product);
-            if (direct)
-              finish_in_place(g, i, column, mr, nr);
-            else if (last)
-              finish_tile<T>(g, i, column, mr, nr, tile);
+            if (!direct && last) finish_tile<T>(g, i, column, mr, nr, tile);
           }
+          if (in_one_run) finish_in_place(g, i, mr);
         }
       }
     }
@@ -584,8 +604,13 @@ void sum_rows(const void* dz_, int64_t row, int64_t column, int64_t n, int64_t o
 }
 
 template <class T>
+bool updates_in_place(const Gemm& g) {
+  return tiles_in_c<T>(g) && is_full(g.n);
+}
+
+template <class T>
 void fill_gemm(Level& level, DtypeIndex dtype) {
-  level.gemm[dtype] = {kTileRows, kPanel, gemm_run<T>};
+  level.gemm[dtype] = {kTileRows, kPanel, gemm_run<T>, updates_in_place<T>};
   level.sum_rows[dtype] = sum_rows<T>;
 }
 

@@ -47,6 +47,8 @@ struct GemmKernels {
   int rows, columns;  // 0 where the level has no products of a dtype
   // Rows [i, i_end) of the panels [begin, end) of `columns` columns.
   void (*run)(const Gemm&, int64_t i, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch);
+  // Whether a product's update happens in registers.
+  bool (*updates_in_place)(const Gemm&);
 };
 
 // The row-wise kernels work on the rows [begin, end) of their description.

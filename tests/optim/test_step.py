@@ -162,13 +162,24 @@ def test_200_steps_as_autograd(
     assert losses[-50:].mean() < losses[:50].mean()  # it learned something
 
 
-@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("SGD", SGD),
+        ("SGD", {"lr": 0.05}),
+        ("SGD", {"lr": 0.05, "maximize": True}),
+        # A larger eps: where AdamW's is small, a gradient that is all rounding makes a whole step.
+        ("AdamW", {**ADAMW, "eps": 1e-2}),
+    ],
+    ids=["SGD", "plain SGD", "maximizing", "AdamW"],
+)
 @pytest.mark.parametrize("widths", [(40, 40), (24, 50), (9, 70)], ids=str)
-@pytest.mark.parametrize("rows", [24, 40, 45])
-def test_widths_that_vectors_do_not_divide(rule: str, widths: tuple[int, int], rows: int) -> None:
-    """Updates tile by tile and in one run, of whole vectors, halves and what is left."""
-    # A larger eps: where AdamW's is small, a gradient that is all rounding makes a whole step.
-    options = SGD if rule == "SGD" else {**ADAMW, "eps": 1e-2}
+@pytest.mark.parametrize("rows", [24, 32, 40, 45, 64])
+def test_widths_that_vectors_do_not_divide(
+    rule: str, options: dict[str, Any], widths: tuple[int, int], rows: int
+) -> None:
+    """Updates in registers, tile by tile and in one run, of whole vectors, halves and what is left;
+    activations of a tile and of all columns of its rows."""
     assert_as_autograd(batches(20, rows), torch_model("tanh", widths=widths), rule, options)
 
 

@@ -95,8 +95,9 @@ public:
   size_t row() const { return static_cast<size_t>(groups_) * kHyper; }
 
   // Throws if hyperparameters of some steps are not what is wanted, as where a row has a momentum and its group no
-  // buffers. Returns whether each of the steps has its own.
+  // buffers. Returns whether each of the steps has its own. None at all are those of the step before.
   bool check_hyper(const std::vector<double>& hyper, int64_t steps) const {
+    if (hyper.empty() && !hyper_.empty()) return false;
     if (rule_ == Rule::sgd)
       for (const Trained& t : trained_) {
         if (t.group < 0 || !t.state.empty()) continue;
@@ -108,6 +109,11 @@ public:
     STD_TORCH_CHECK(hyper.size() == row() * static_cast<size_t>(steps), "torchbp::", kTrainer, ": hyper wants ", row(),
                     " numbers, or as many for each step, got ", hyper.size());
     return true;
+  }
+
+  // The rows that step s follows, of hyperparameters that were checked.
+  const double* rows_of_step(const std::vector<double>& hyper, bool each, int64_t s) const {
+    return hyper.empty() ? hyper_.data() : hyper.data() + (each ? static_cast<size_t>(s) * row() : 0);
   }
 
   // x [n, in] and its targets, or xs [steps, n, in] and theirs.

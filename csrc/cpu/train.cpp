@@ -127,7 +127,8 @@ int64_t open(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vecto
       std::make_shared<Trainer>(weights, biases, state, activation, parameter, label_smoothing, rule, groups, slots));
 }
 
-// One step on x [n, in], or one on each of xs [steps, n, in]. Returns the losses before the steps.
+// One step on x [n, in], or one on each of xs [steps, n, in]; hyper: the rows of all, of each, or none if they are those
+// of the step before. Returns the losses before the steps.
 Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vector<double> hyper) {
   const auto trainer = trainers.at(number);
   const auto [xs, targets, many, count, n] = trainer->check_batches(xs_, targets_);
@@ -137,8 +138,8 @@ Tensor steps(int64_t number, const Tensor& xs_, const Tensor& targets_, std::vec
   if (count > 0) trainer->prepare(n);
   const auto* const target = static_cast<const int64_t*>(targets.const_data_ptr());
   const auto run = [&](int64_t s) {
-    floats_of(losses)[s] = trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n,
-                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+    floats_of(losses)[s] =
+        trainer->step({floats_of(xs) + s * n * in, in, 1}, target + s * n, trainer->rows_of_step(hyper, each, s));
   };
   if (trainer->multiplications(n) * static_cast<double>(count) < kAlone) {
     for (int64_t s = 0; s < count; ++s) run(s);
@@ -168,8 +169,8 @@ Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std:
     if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
     batch.out = trainer->batch();
     Cpu::batch(batch);
-    floats_of(losses)[s] = trainer->step({trainer->batch(), features, 1}, target + first,
-                                         hyper.data() + (each ? static_cast<size_t>(s) * trainer->row() : 0));
+    floats_of(losses)[s] =
+        trainer->step({trainer->batch(), features, 1}, target + first, trainer->rows_of_step(hyper, each, s));
   });
   return losses;
 }

@@ -583,7 +583,7 @@ public:
     Tensor of_steps;
     const bool differ = count > 1 && (each || rule_ == Rule::adamw);
     for (int64_t s = 0; s < (differ ? count : 1); ++s) {
-      begin_step(hyper.data() + (each ? static_cast<size_t>(s) * row() : 0));
+      begin_step(rows_of_step(hyper, each, s));
       for (size_t k = 0; k < updated_.size(); ++k)
         if (differ)
           rules.emplace_back(updated_[k].update);
@@ -618,7 +618,7 @@ public:
     for (const Parameter& p : updated_) places.insert(places.end(), {p.state[0], p.state[1]});
     if (places != places_) ++version_;
     places_ = std::move(places);
-    begin_step(hyper.data());
+    begin_step(rows_of_step(hyper, false, 0));
     auto* const to = static_cast<AnyRule*>(rules_.mutable_data_ptr());
     for (size_t k = 0; k < updated_.size(); k += kMostRules) {
       Rules rules;

@@ -340,6 +340,33 @@ def test_hyperparameters_that_change_inside_or_stay(rule: str, options: dict[str
 
 
 @EACH_RULE
+def test_hyperparameters_that_a_call_of_many_steps_left(rule: str, options: dict[str, Any]) -> None:
+    """A trainer keeps those of its last step; the next one's may be others."""
+    data = batches(9)
+    start = smooth_mlp()
+    results = []
+    for compiled in (True, False):
+        model = copy.deepcopy(start)
+        optimizer = optimizer_of(model, rule, **options)
+        scheduler = ExponentialLR(optimizer, 0.5)
+        step = compile_step(model, optimizer)
+        for i, (x, target) in enumerate(data):
+            if i in (2, 3, 6):  # in a call that changes the learning rate behind each step
+                if compiled:
+                    step.scan(x[None], target[None], scheduler)
+                else:
+                    either(False, step, x, target)
+                    scheduler.step()
+                continue
+            if compiled and i == 4:
+                with pytest.raises(IndexError):
+                    step(x, target + 100)
+            either(compiled, step, x, target)
+        results.append(values(model))
+    assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+@EACH_RULE
 def test_groups(rule: str, options: dict[str, Any]) -> None:
     """Each parameter by the options of its group, whose order is the optimizer's own."""
     data = batches(6)
@@ -1015,14 +1042,17 @@ class Call:
             weights, biases, state, rule, [0, 1, -1, 0], slots, xs, targets, hyper * (steps or 1)
         )
 
-    def run(self) -> torch.Tensor:
+    def run(self, *more: list[float]) -> torch.Tensor:
+        """The steps, and again with other hyperparameters."""
         ops = torch.ops.torchbp_trainer
         trainer = ops.open(
             self.weights, self.biases, self.state, self.activation, 0.0, self.smoothing, self.rule,
             self.groups, self.slots,
         )  # fmt: skip
         try:
-            return ops.steps(trainer, self.xs, self.targets, self.hyper)
+            for hyper in (self.hyper, *more):
+                losses = ops.steps(trainer, self.xs, self.targets, hyper)
+            return losses
         finally:
             ops.close(trainer, torch.empty(0))
 
@@ -1099,6 +1129,19 @@ def test_momentum_that_begins_later_is_refused_before_the_first_step() -> None:
     with pytest.raises(RuntimeError, match="hyper has a momentum, and state no buffers"):
         call.run()
     assert_same(call.weights, before.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_no_hyperparameters_are_those_of_the_step_before(rule: str) -> None:
+    call = Call.of(rule, 3)
+    call.hyper[24] *= 0.5  # the learning rate of the last step's first group
+    other = copy.deepcopy(call)
+    assert_same(call.run([]), other.run(call.hyper[24:]), rtol=0, atol=0)
+    assert_same(call.weights, other.weights, rtol=0, atol=0)
+    fresh = Call.of(rule)
+    fresh.hyper = []
+    with pytest.raises(RuntimeError, match="hyper wants 12 numbers"):
+        fresh.run()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])

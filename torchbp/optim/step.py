@@ -42,6 +42,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
 _HINT = "or train through autograd"
+_SAME: list[float] = []  # hyperparameters, as in the step before
 _NEVER: tuple[tuple[object, object, object], ...] = (([], None, 1),)  # conditions that do not hold
 
 #: Numbers that the batches of an epoch hold which are made at a time on a GPU: 64 MiB.
@@ -138,6 +139,7 @@ class CompiledStep:
         self._rule = _RULES[type(optimizer)]
         self._row = _ROWS[self._rule]
         self._trainer: int | None = None
+        self._known: list[float] | None = None  # the hyperparameters of the trainer's last step
         self._runner: Runner | None = None  # on a GPU
         self._close: Callable[[], Any] | None = None
         self._logits: Tensor | None = None  # of the last step, if that was through autograd
@@ -277,6 +279,7 @@ class CompiledStep:
         if count:
             check_classes(plan.target, self._weights[-1].shape[0], IGNORE)
             hyper = self._hyper_of(count, scheduler)
+            self._known = None
             arguments = (self._trainer, images.number, begin, loader.drop_last, hyper)
             losses.append(self._train(_run_epoch, arguments, lambda: images(begin)))
         return torch.cat(losses) if losses else torch.empty(0)
@@ -324,21 +327,27 @@ class CompiledStep:
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
         if self._runner is not None:
-            return self._train(self._runner.steps, (x, target, hyper), lambda: (x, target))
-        return self._train(_run_steps, (self._trainer, x, target, hyper), lambda: (x, target))
+            return self._train(self._runner.steps, (x, target, hyper))
+        if hyper is self._known:  # to take a list of numbers apart costs a fortieth of a tiny step
+            return self._train(_run_steps, (self._trainer, x, target, _SAME))
+        self._known = None  # if this raises
+        losses = self._train(_run_steps, (self._trainer, x, target, hyper))
+        self._known = hyper
+        return losses
 
     def _train(
         self,
         operation: Callable[..., Tensor],
         arguments: tuple[Any, ...],
-        batch: Callable[[], tuple[Tensor, Tensor]],
+        batch: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Run an operation of the trainer; `batch` gives what to blame if it fails."""
+        """Run an operation of the trainer; `batch` gives what to blame if it fails, where that does
+        not stand before the hyperparameters, which come last."""
         try:
             losses = operation(*arguments)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
-            x, target = batch()
+            x, target = batch() if batch else arguments[-3:-1]
             self._check_batch(x, target, many=isinstance(x, Tensor) and x.dim() == 3)
             raise
         self._logits = None
@@ -441,6 +450,7 @@ class CompiledStep:
         if self._close is not None:
             self._close()
         like = self._weights[0].new_empty(0)
+        self._known = None
         self._trainer, self._close = trainer, weakref.finalize(self, _close_trainer, trainer, like)
         self._runner = None
         if is_gpu(self._device):

@@ -911,6 +911,7 @@ BAD_BATCHES: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "int32": (X, TARGET.int(), TypeError, "target wants int64, got int32"),
     "probabilities": (X, torch.ones(4, 5) / 5, TypeError, "target wants int64, got float32"),
     "image": (X.view(4, 5, 2, 2), TARGET, ValueError, r"x wants shape \(B, 20\), got"),
+    "many": (X[None], TARGET[None], ValueError, r"x wants shape \(B, 20\), got \(1, 4, 20\)"),
     "width": (X[:, 1:], TARGET, ValueError, r"x wants shape \(B, 20\), got \(4, 19\)"),
     "rows": (X, TARGET[1:], ValueError, r"target wants shape \(4,\), got \(3,\)"),
     "meta": (X.to("meta"), TARGET, ValueError, "x wants the CPU, got meta"),

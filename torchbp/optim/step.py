@@ -163,7 +163,7 @@ class CompiledStep:
         if is_traced():
             return _outside_of_the_graph(self, x, target)
         hyper = self._prepare()
-        if self._state is None or getattr(x, "requires_grad", True):
+        if self._state is None or getattr(x, "requires_grad", True) or x.dim() != 2:
             self._check_batch(x, target)
             return self._through_autograd(x, target)
         return self._run(x, target, hyper)

@@ -411,14 +411,18 @@ std::vector<Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const std::v
     const Tensor h = matrix(i == 0 ? x : saved[i * per_layer - 1]);
     bool further = need_x;
     for (size_t j = 0; j < i; ++j) further |= need_weights[j] || (!need_biases.empty() && need_biases[j]);
-    auto [dh, dw, db] =
-        affine_backward<Backend>(dz, h, weights[i], further, need_weights[i], !need_biases.empty() && need_biases[i]);
+    std::optional<Tensor> through;  // dz of the layer below
+    if constexpr (Backend::fused_products)
+      if (i > 0 && further && f.forward == Kernel::relu_forward)
+        through = Backend::product_through_relu(dz, weights[i], h);
+    auto [dh, dw, db] = affine_backward<Backend>(dz, h, weights[i], further && !through, need_weights[i],
+                                                 !need_biases.empty() && need_biases[i]);
     result[1 + i] = dw;
     if (!need_biases.empty()) result[1 + layers + i] = db;
     if (i == 0) {
       result[0] = need_x ? like_rows_of(x, dh) : dh;
     } else if (further) {
-      dz = activate_backward<Backend>(dh, matrix(saved[(i - 1) * per_layer]), f, parameter);
+      dz = through ? *through : activate_backward<Backend>(dh, matrix(saved[(i - 1) * per_layer]), f, parameter);
     } else {
       for (size_t j = 0; j < i; ++j) {
         result[1 + j] = nothing(x);

@@ -356,7 +356,7 @@ std::optional<Tensor> Cuda::affine_relu(const Tensor& x, const Tensor& weight, c
 //
 // NVIDIA describes the mask as a matrix of bits with a leading dimension divisible by 128; masks() finds out the rest.
 std::optional<Tensor> Cuda::product_through_relu(const Tensor& dz, const Tensor& weight, const Tensor& h) {
-  const cublaslt::Library* const lt = cuda::library();
+  const cublaslt::Library* const lt = fused_relu_gradient ? cuda::library() : nullptr;
   if (!lt || !has_epilogues(dz) || !has_epilogues(weight) || !has_epilogues(h)) return std::nullopt;
   const int64_t n = dz.size(0), out = weight.size(0), in = weight.size(1), leading = (in + 127) / 128 * 128;
   const int64_t bytes = n * leading / 8;

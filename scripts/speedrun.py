@@ -56,9 +56,8 @@ from torchbp.data.cifar10 import ImageDataset, progress
 from torchbp.data.loader import Images
 from torchbp.optim import SGD, compile_step
 from torchbp.train import (
-    default_device,
+    add_device,
     device_name,
-    usable_device,
     wait_for,
     warmup_cosine,
     write_file,
@@ -346,13 +345,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch CIFAR-10 into it if it is not there")
     add("--seeds", type=positive, default=3, metavar="N", help="runs, from seeds 0 to N - 1")
     add("--epochs", type=positive, metavar="N", help="other than the recipe's, to try it out")
-    add(
-        "--device",
-        type=usable_device,
-        default=default_device(),
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, ... (default: cuda if it can be used, else cpu; here %(default)s)",
-    )
+    add_device(parser)
     add("--threads", type=positive, metavar="N", help="of PyTorch (default: its own choice)")
     add("--json", metavar="FILE", help="write recipe, runs and machine there")
     add("--quiet", action="store_true", help="no progress bar")

@@ -41,15 +41,14 @@ import torchbp
 from torchbp.data import CIFAR10, BatchLoader, SyntheticCIFAR10
 from torchbp.train import (
     Log,
+    add_device,
     confusion_matrix,
-    default_device,
     device_name,
     figures,
     fit,
     load_checkpoint,
     save_checkpoint,
     save_weights,
-    usable_device,
     warmup_cosine,
     write_file,
 )
@@ -198,13 +197,7 @@ def parser() -> Parser:
         help="do a training step in one operation where that gives the same: on the CPU or a CUDA"
         " device, without --amp, --dropout and --baseline (default: yes)",
     )
-    group.add_argument(
-        "--device",
-        type=usable_device,
-        default=default_device(),
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, ... (default: cuda if it can be used, else cpu; here %(default)s)",
-    )
+    add_device(group)
     group.add_argument(
         "--amp",
         action=flag,

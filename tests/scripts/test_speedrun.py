@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files, and recipes for them, on the CPU; tests/cuda/test_scripts.py has the GPU."""
-    monkeypatch.setattr(speedrun, "default_device", lambda: "cpu")
+    monkeypatch.setattr("torchbp.train.device.default_device", lambda: "cpu")
     monkeypatch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
     recipes = {
         goal: replace(recipe, hidden=(16,), components=24, batch_size=25, epochs=3, lr=0.05)
@@ -138,7 +138,7 @@ def test_clocks_wait_for_a_gpu(
         return None, None
 
     monkeypatch.setattr(speedrun, "time", SimpleNamespace(perf_counter=read))
-    monkeypatch.setattr(speedrun, "usable_device", str)
+    monkeypatch.setattr("torchbp.train.device.usable_device", str)
     monkeypatch.setattr(speedrun, "device_name", lambda device: "a GPU")
     monkeypatch.setattr(speedrun, "wait_for", lambda device: events.append("wait"))
     monkeypatch.setattr(speedrun, "train", run)

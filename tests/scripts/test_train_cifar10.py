@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small files, on the CPU; tests/cuda/test_scripts.py has the GPU."""
-    monkeypatch.setattr(train_cifar10, "default_device", lambda: "cpu")
+    monkeypatch.setattr("torchbp.train.device.default_device", lambda: "cpu")
     monkeypatch.setattr(torchbp.data.cifar10, "IMAGES_PER_FILE", IMAGES)
     with torch.random.fork_rng():
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchbp.train.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from torchbp.train.device import default_device, device_name, usable_device, wait_for
+from torchbp.train.device import add_device, default_device, device_name, usable_device, wait_for
 from torchbp.train.files import write_file
 from torchbp.train.log import Log
 from torchbp.train.loop import Metrics, confusion_matrix, evaluate, fit, train_epoch, warmup_cosine
@@ -11,6 +11,7 @@ from torchbp.train.loop import Metrics, confusion_matrix, evaluate, fit, train_e
 __all__ = [
     "Log",
     "Metrics",
+    "add_device",
     "confusion_matrix",
     "default_device",
     "device_name",

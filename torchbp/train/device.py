@@ -40,6 +40,24 @@ def usable_device(text: str) -> str:
     return text
 
 
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add the option `--device` of a script, or of a group of its options.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_device(parser)
+        >>> parser.parse_args(["--device", "cpu"]).device
+        'cpu'
+    """
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default=default_device(),
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... (default: cuda if it can be used, else cpu; here %(default)s)",
+    )
+
+
 def device_name(device: str | torch.device) -> str:
     """What a reader of a result has to know of the device."""
     device = torch.device(device)

@@ -274,13 +274,13 @@ bool reads_b_in_place(const Gemm& g) {
   return kIsWord<T> && g.b_j == 1 && (rest == 0 || rest == width_of(rest)) && g.b_k <= 2 * kBlock;
 }
 
-// Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows that lie further apart
-// would share L1 sets; to find them in memory takes half a vector's multiplication as long again.
+// Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows or columns that lie
+// further apart would share L1 sets; to find them in memory takes half a vector's multiplication as long again.
 template <class T>
 bool reads_a_in_place(const Gemm& g, int64_t panels) {
   if (!kIsWord<T>) return false;
-  if (g.a_i == 1) return panels == 1 || g.k * g.a_k <= kNear;
-  return g.a_k == 1 && g.a_i <= kBlock && (panels == 1 || (panels == 2 && g.n % kPanel == 0));
+  if (g.a_i == 1) return panels == 1 || (panels == 2 && g.a_k <= kBlock) || g.k * g.a_k <= kNear;
+  return g.a_k == 1 && g.a_i <= kBlock && (panels == 1 || (panels == 2 && g.n % kPanel == 0) || g.m * g.a_i <= kNear);
 }
 
 // Copies kc words, from word k0 on, of panels [begin, end) of B, each to [kc][kPanel].

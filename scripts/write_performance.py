@@ -1,10 +1,10 @@
 """Writes docs/performance.md: every time in docs/benchmark.json, and for each goal that is not
-reached the profile in docs/profile.json and what stands in the way; then the times in
-docs/benchmark-*.json, which were measured on other machines.
+reached the profile in docs/profile.json and what stands in the way; then the same of other
+machines, in docs/benchmark-NAME.json and docs/profile-NAME.json.
 
     python scripts/benchmark.py --json docs/benchmark.json --chart docs/benchmark.png
-    python scripts/benchmark.py --threads 2 --json docs/benchmark-avx2.json  # on a machine of AVX2
     python scripts/benchmark.py --threads 2 --profile --case CASES --json docs/profile.json
+    python scripts/benchmark.py --threads 2 --json docs/benchmark-avx2.json  # on a machine of AVX2
     python scripts/write_performance.py            # rewrite docs/performance.md
     python scripts/write_performance.py --check    # exit with 1 if that would change it
 """
@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
@@ -40,7 +40,9 @@ REASONS = {
         rows in SIMD lanes. Of its time on AVX-512 a quarter is exponentials and two fifths are the
         way to lanes and back: not so much the shuffles as that a row of ten numbers is written in
         three stores of 16 bytes, of which a cycle takes one. Fewer or more rows in a block, and
-        fetching its lines ahead, gained nothing.""",
+        fetching its lines ahead, gained nothing. Rows that stay as they lie, to whose numbers
+        shuffles bring what belongs to a row, take as long on AVX2: what they save on the way back
+        they spend on sums.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
         that a third of the traffic is lines fetched to be overwritten; the floor's copy fits. The
         ratio follows PyTorch's time, which varies more from run to run than ours.""",
@@ -49,6 +51,9 @@ REASONS = {
         machine moves its cores from one state to the other and back within a minute: in the second
         a team takes twice as long as in the first, longer than one thread, and steps run alone
         (`on_team_in_rounds` tries which is faster).""",
+    "tanh_64K": """Its bytes take {floor} of our {ours}. The rest is what two calls cost, as for 64
+        numbers (`gates`), and arithmetic: some thirty operations and a division for each vector
+        keep tanh within 2 ulp, and 1 - y^2 accurate where y is nearly 1.""",
     "relu_16M": """Memory is kept from call to call and written past the caches, so that what is
         left is the machine's bandwidth and the engine; PyTorch's time, mostly that of fresh memory,
         varies by a third from run to run.""",
@@ -68,7 +73,8 @@ REASONS = {
         floor is {floor} of our {ours}. On Zen 4 PyTorch's reach 91 to 95 % of what the instruction
         for pairs of bfloat16 gives, and ours, in whose tiles the activation happens, about as much:
         a tenth less than PyTorch's time would leave nothing for copies of blocks. To fetch
-        these ahead gained nothing.""",
+        these ahead gained nothing. Where a machine has no such instruction, products are those of
+        float32, and cannot take half as long as these.""",
     "tiny_autograd": """Functions that compute nothing, six gradients handed to `.grad` and our
         optimizer take {empty} of our {ours}; with kernels without cost that would be {possible}.
         Of backward's instructions besides the products, a fifth sets a thread's state for each of
@@ -86,7 +92,9 @@ REASONS = {
         shared: on one thread about twice that. The rest is what a tile of a product that takes a
         microsecond costs besides: its ends, transposed operands, activations, updates. Operands
         read where they lie, tiles in the memory of the result, half a vector for the last 8 of 40
-        columns and an update in one run, as rows of 40 lie across cache lines, took a fifth off.
+        columns and an update in one run, as rows of 40 lie across cache lines, took a fifth off;
+        plain SGD in registers, and tiles found without divisions, an eighth, on AVX2 (times on
+        AVX-512 are from before that).
         Half of the examples on each of two threads through all layers, and then half of the
         weights, meets but twice a step and copies no operand, and still gained no more than 8 %:
         each fetches activations, gradients and weights that the other has written a microsecond
@@ -101,32 +109,42 @@ REASONS = {
 }
 
 
-def page(
-    data: dict[str, Any], profiles: dict[str, Any], others: Sequence[dict[str, Any]] = ()
-) -> str:
+class Machine(NamedTuple):
+    """What was measured on one."""
+
+    data: dict[str, Any]
+    profiles: dict[str, Any]
+
+
+def page(machine: Machine, *others: Machine) -> str:
     """The text of docs/performance.md."""
     parts = [
         "# Performance",
-        "<!-- generated by scripts/write_performance.py from docs/benchmark.json and "
-        "docs/profile.json -->",
-        f"{where(data)}. `make bench` measures it anew; how is told by "
+        "<!-- generated by scripts/write_performance.py from docs/benchmark*.json and "
+        "docs/profile*.json -->",
+        f"{where(machine.data)}. `make bench` measures it anew; how is told by "
         "`python scripts/benchmark.py --help`. In bold: how many times as long as torchbp it "
         "takes, the median over rounds in which all took turns. The floor is the bytes over the "
         "rate of PyTorch's copy, which large results of ours outrun past the caches, or the "
         "arithmetic over that of a large matrix product.",
-    ]
-    for title, times_of in tables(data):
-        parts += [f"## {title}", times_of]
-    parts += [
-        "## Goals that are not reached",
-        f"Stages and operations as profiled on {profiles['date']}.",
-        *missed(data, profiles),
+        *sections(machine, "##"),
     ]
     for other in others:
-        parts += ["## Another machine", f"{where(other)}."]
-        for title, times_of in tables(other):
-            parts += [f"### {title}, {other['machine']['simd']}", times_of]
+        of = other.data["machine"]["simd"]
+        parts += [f"## Another machine: {of}", f"{where(other.data)}.", *sections(other, "###", of)]
     return "\n\n".join(parts) + "\n"
+
+
+def sections(machine: Machine, heading: str, of: str = "") -> Iterator[str]:
+    """Times, and the goals that they miss, under headings of a level. of: behind each heading, so
+    that no two of a page are alike."""
+    behind = f", {of}" if of else ""
+    for title, times_of in tables(machine.data):
+        yield f"{heading} {title}{behind}"
+        yield times_of
+    yield f"{heading} Goals that are not reached{behind}"
+    yield f"Stages and operations as profiled on {machine.profiles['date']}."
+    yield from missed(machine, f"{heading}#", behind)
 
 
 def where(data: dict[str, Any]) -> str:
@@ -148,9 +166,9 @@ def tables(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{threads} thread{'s' if threads > 1 else ''}", table(head, rows)
 
 
-def missed(data: dict[str, Any], profiles: dict[str, Any]) -> Iterator[str]:
-    found = {result["case"]: result for result in profiles["results"]}
-    for result in condensed(data["results"]):
+def missed(machine: Machine, heading: str, behind: str) -> Iterator[str]:
+    found = {result["case"]: result for result in machine.profiles["results"]}
+    for result in condensed(machine.data["results"]):
         if result["threads"] != GOAL_THREADS:
             continue
         fails = [said for said, fine in reached(result).values() if not fine]
@@ -158,7 +176,7 @@ def missed(data: dict[str, Any], profiles: dict[str, Any]) -> Iterator[str]:
             continue
         ran = result["contestants"]
         name = result["case"]
-        yield f"### {code(name)}"
+        yield f"{heading} {code(name)}{behind}"
         wanted = ", ".join(fails)
         had = ", ".join(
             f"{peer} {times(ran[peer]['ratio'])}" for peer in result["goals"] if peer in ran
@@ -179,7 +197,8 @@ def numbers(result: Result) -> dict[str, str]:
     said["ours"] = said[OURS]
     if result["floor"]:
         said["floor"] = duration(result["floor"])
-        said["at_floor"] = times(ran["torch"]["seconds"] / result["floor"])
+        if "torch" in ran:
+            said["at_floor"] = times(ran["torch"]["seconds"] / result["floor"])
     if BYTES in ran:
         said["bytes"] = said[BYTES]
     if EMPTY in ran:
@@ -214,12 +233,15 @@ def profile(result: Result) -> Iterator[str]:
     yield table(["our operation, as profiled", "calls", "own time"], operations)
 
 
-def read() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+def read() -> list[Machine]:
     """What `page` takes, from docs."""
     docs = ROOT / "docs"
-    paths = [docs / "benchmark.json", docs / "profile.json", *sorted(docs.glob("benchmark-*.json"))]
-    data, profiles, *others = (json.loads(path.read_bytes()) for path in paths)
-    return data, profiles, others
+    paths = [docs / "benchmark.json", *sorted(docs.glob("benchmark-*.json"))]
+    return [
+        Machine(*(json.loads(file.read_bytes()) for file in (path, docs / name)))
+        for path in paths
+        for name in [path.name.replace("benchmark", "profile")]
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

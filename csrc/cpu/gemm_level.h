@@ -146,6 +146,12 @@ constexpr auto kMultiply = tiles_of<T, V, vectors, by_rows>(std::make_integer_se
 // Columns that are computed where a panel has `columns`.
 inline int64_t width_of(int64_t columns) { return columns <= kLeast ? kLeast : columns <= kLanes ? kLanes : kPanel; }
 
+// Whether a panel, or some side by side, are as wide as what is computed.
+inline bool is_full(int64_t columns) {
+  const int64_t rest = columns % kPanel;
+  return rest == 0 || rest == width_of(rest);
+}
+
 template <class T>
 MultiplyTile multiply_for(int64_t rows, int64_t columns, bool by_rows) {
   const int64_t width = width_of(columns), i = rows - 1;
@@ -270,8 +276,7 @@ TORCHBP_INLINE void copy_run(const T* from, int64_t n, Word* to) {
 
 template <class T>
 bool reads_b_in_place(const Gemm& g) {
-  const int64_t rest = g.n % kPanel;
-  return kIsWord<T> && g.b_j == 1 && (rest == 0 || rest == width_of(rest)) && g.b_k <= 2 * kBlock;
+  return kIsWord<T> && g.b_j == 1 && is_full(g.n) && g.b_k <= 2 * kBlock;
 }
 
 // Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows or columns that lie
@@ -417,12 +422,6 @@ inline void update_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
 template <class T>
 bool tiles_in_c(const Gemm& g) {
   return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && (!g.update || is_plain(*g.update)) && !(g.bias && !g.bias_of_row);
-}
-
-// Whether a panel, or some side by side, are as wide as what is computed.
-inline bool is_full(int64_t columns) {
-  const int64_t rest = columns % kPanel;
-  return rest == 0 || rest == width_of(rest);
 }
 
 // Rows [i, i + mr) of C, which are one run.

@@ -87,7 +87,10 @@ REASONS = {
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the
         update inside the products' tiles, cross-entropy and the transposition of operands of some
         thousand numbers. To share a single step between threads would cost what waking one takes.
-        The ratio to JAX follows JAX's time, which varies by a third from run to run.""",
+        The ratio to JAX follows JAX's time, which varies by a third from run to run. On AVX2
+        plain SGD in registers, activations of all columns of a tile's rows in one run, tiles found
+        without divisions and hyperparameters that are handed over when they change took a sixth
+        off; times on AVX-512 are from before that.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest is what a tile of a product that takes a
         microsecond costs besides: its ends, transposed operands, activations, updates. Operands
@@ -236,12 +239,15 @@ def profile(result: Result) -> Iterator[str]:
 def read() -> list[Machine]:
     """What `page` takes, from docs."""
     docs = ROOT / "docs"
-    paths = [docs / "benchmark.json", *sorted(docs.glob("benchmark-*.json"))]
-    return [
-        Machine(*(json.loads(file.read_bytes()) for file in (path, docs / name)))
-        for path in paths
-        for name in [path.name.replace("benchmark", "profile")]
+    names = [
+        "",
+        *sorted(path.stem.removeprefix("benchmark") for path in docs.glob("benchmark-*.json")),
     ]
+
+    def content(kind: str, name: str) -> dict[str, Any]:
+        return json.loads((docs / f"{kind}{name}.json").read_bytes())  # type: ignore[no-any-return]
+
+    return [Machine(content("benchmark", name), content("profile", name)) for name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

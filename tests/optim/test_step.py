@@ -183,6 +183,16 @@ def test_widths_that_vectors_do_not_divide(
     assert_as_autograd(batches(20, rows), torch_model("tanh", widths=widths), rule, options)
 
 
+@pytest.mark.parametrize("rows", [100, 300, 530])
+@pytest.mark.parametrize(
+    ("rule", "options"), [("SGD", SGD), ("SGD", {"lr": 0.05}), ("AdamW", {**ADAMW, "eps": 1e-2})]
+)
+def test_updates_of_large_layers(rule: str, options: dict[str, Any], rows: int) -> None:
+    """Rows of a weight that are updated in several runs, and sums over more examples than a product
+    takes at once."""
+    assert_as_autograd(batches(5, rows), torch_model("tanh", widths=(530, 70)), rule, options)
+
+
 @EACH_RULE
 def test_one_operation_does_it(rule: str, options: dict[str, Any]) -> None:
     model = nn.MLP(SIZES)

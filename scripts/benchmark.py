@@ -51,7 +51,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is there
 
 import torchbp
-import torchbp.functional as F
 from scripts.benchmark_cases import (
     CASES,
     EXTRAS,
@@ -62,6 +61,8 @@ from scripts.benchmark_cases import (
     Contestant,
     Floor,
     Outputs,
+    fastest,
+    large_product,
     unmarked,
 )
 from scripts.benchmark_report import PEERS, Result, chart, notes, profile_tables, table
@@ -221,34 +222,11 @@ def turn(contestant: Contestant, calls: int, warm: float) -> float:
         gc.enable()
 
 
-def fastest(call: Callable[[], object], seconds: float) -> float:
-    """The shortest time of several calls: rates of the machine are to be its best."""
-    clock, best, end = time.perf_counter, float("inf"), time.perf_counter() + seconds
-    call()
-    while clock() < end or best == float("inf"):
-        start = clock()
-        call()
-        best = min(best, clock() - start)
-    return best
-
-
-def product_rate(dtype: torch.dtype, seconds: float) -> float:
-    """Operations per second of the fastest large product of numbers of a dtype: PyTorch's or ours,
-    or that of float32, which holds them too and is faster where no instruction multiplies them.
-    """
-    size, best = 2048, float("inf")
-    for used in dict.fromkeys((torch.float32, dtype)):
-        a, b, c = (torch.randn(size, size).to(used) for _ in range(3))
-        for product in (functools.partial(torch.mm, out=c), F.linear):
-            best = min(best, fastest(functools.partial(product, a, b), seconds))
-    return 2.0 * size**3 / best
-
-
 def lower_bound(floor: Floor, seconds: float) -> tuple[float, dict[str, float]]:
     """Seconds, and the rates per second that they were had from."""
     rates: dict[str, float] = {}
     if floor.flops:
-        rate = product_rate(floor.dtype, seconds)
+        rate, _ = large_product(floor.dtype, seconds)
         rates[f"{str(floor.dtype).removeprefix('torch.')} operations"] = rate
     arithmetic = floor.flops / rate if floor.flops else 0.0
     traffic = 0.0

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,9 +32,9 @@ Outputs = dict[str, npt.NDArray[Any]]
 Mark = Callable[[str], None]
 
 OURS, TORCH, COMPILE, JAX = "torchbp", "torch", "torch.compile", "jax"
-EMPTY, BYTES = "empty Functions", "the bytes alone"
+EMPTY, BYTES, ARITHMETIC = "empty Functions", "the bytes alone", "the arithmetic alone"
 #: Contestants that do only what no kernel could spare.
-PARTIAL = (EMPTY, BYTES)
+PARTIAL = (EMPTY, BYTES, ARITHMETIC)
 #: Contestants of some cases only -> the library that they belong to.
 EXTRAS = {
     "torch in float32": TORCH,
@@ -40,6 +42,7 @@ EXTRAS = {
     "torch, our loader": TORCH,
     EMPTY: TORCH,
     BYTES: TORCH,
+    ARITHMETIC: TORCH,
     "torch, DataLoader": TORCH,
     "jax, not waiting": JAX,
 }
@@ -123,6 +126,52 @@ def in_jax(tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         return jnp.array(tensor.float().numpy(), jnp.bfloat16)
     return jnp.array(tensor.int().numpy() if tensor.dtype == torch.int64 else tensor.numpy())
+
+
+# ---- What the machine can do
+
+
+def fastest(call: Callable[[], object], seconds: float) -> float:
+    """The shortest time of several calls: rates of the machine are to be its best."""
+    clock, best, end = time.perf_counter, float("inf"), time.perf_counter() + seconds
+    call()
+    while clock() < end or best == float("inf"):
+        start = clock()
+        call()
+        best = min(best, clock() - start)
+    return best
+
+
+SIDE = 2048
+
+
+def large_product(
+    dtype: torch.dtype, seconds: float, rows: int = SIDE
+) -> tuple[float, Callable[[], object]]:
+    """Operations per second of the fastest product of [rows, SIDE] and [SIDE, SIDE] numbers of a
+    dtype, and that: PyTorch's or ours, or that of float32, which holds them too and is faster where
+    no instruction multiplies them. `seconds` for each that is tried."""
+    found: list[tuple[float, Callable[[], object]]] = []
+    for used in dict.fromkeys((torch.float32, dtype)):
+        a, b = torch.randn(rows, SIDE).to(used), torch.randn(SIDE, SIDE).to(used)
+        c = torch.empty(rows, SIDE, dtype=used)
+        theirs, ours = functools.partial(torch.mm, a, b, out=c), functools.partial(F.linear, a, b)
+        found += [(fastest(product, seconds), product) for product in (theirs, ours)]
+    best, product = min(found, key=operator.itemgetter(0))
+    return 2.0 * rows * SIDE**2 / best, product
+
+
+def arithmetic_alone(flops: float) -> Contestant:
+    """As many operations, in large products: what a floor stands on, in the same rounds. Where a
+    call takes seconds, a machine that is shared sees its best rate in none of them."""
+    calls = max(1, round(flops / (2.0 * SIDE**3)))
+    _, product = large_product(torch.float32, 0.2, round(flops / (2.0 * SIDE**2 * calls)))
+
+    def run(mark: Mark) -> None:
+        for _ in range(calls):
+            product()
+
+    return Contestant(run, outputs=dict)
 
 
 # ---- Functions: forward and backward
@@ -828,6 +877,7 @@ def batches(name: str, quick: bool) -> Case:
 def cifar_epoch(name: str, quick: bool) -> Case:
     """Training, input and all."""
     data = images(2_000 if quick else 50_000)
+    flops = training_flops(SIZES, len(data.images))
     few = SimpleNamespace(images=data.images[: 4 * BATCH], targets=data.targets[: 4 * BATCH])
 
     def usual(library: str, batch: Callable[..., Tensor] = prepare) -> Contestant:
@@ -913,9 +963,10 @@ def cifar_epoch(name: str, quick: bool) -> Case:
             "torch, DataLoader": transforms,
             COMPILE: lambda: usual(COMPILE, torch.compile(prepare)),
             JAX: in_jax_too,
+            ARITHMETIC: lambda: arithmetic_alone(flops),
         },
-        {"torch, DataLoader": 3, "floor": 1 / 1.25},
-        Floor(training_flops(SIZES, len(data.images))),
+        {"torch, DataLoader": 3, ARITHMETIC: 1 / 1.25},
+        Floor(flops),
         # Of 400,000 rectifiers in four steps, one may lie so near to 0 that rounding decides on
         # which side: it moves the updates by 2e-3. A wrong rate or image moves them by 1e-1.
         tolerance=5e-3,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchbp
 from scripts import benchmark, benchmark_cases, benchmark_report
@@ -85,6 +86,19 @@ def test_contestants_compute_the_same(name: str) -> None:
         assert found.keys() <= outputs[OURS].keys()
         assert all(np.isfinite(values).all() and values.any() for values in found.values())
         benchmark.compare(case, contestant, found, outputs[OURS])
+
+
+@pytest.mark.parametrize("flops", [1.4e9, 6e10])
+def test_as_much_arithmetic(monkeypatch: pytest.MonkeyPatch, flops: float) -> None:
+    ranks = iter(
+        (1.0, 2.0)
+    )  # PyTorch's product, whose operations can be counted, is the faster one
+    monkeypatch.setattr(benchmark_cases, "fastest", lambda call, seconds: next(ranks))
+    contestant = benchmark_cases.arithmetic_alone(flops)
+    with FlopCounterMode(display=False) as counter:
+        contestant.run(benchmark_cases.unmarked)
+    assert counter.get_total_flops() == pytest.approx(flops, rel=2e-3)  # whole rows
+    assert contestant.outputs() == {}
 
 
 def test_groups_stand_for_their_cases() -> None:

@@ -91,16 +91,16 @@ REASONS = {
         update inside the products' tiles, cross-entropy and the transposition of operands of some
         thousand numbers. To share a single step between threads would cost what waking one takes.
         The ratio to JAX follows JAX's time, which varies by a third from run to run. On AVX2
-        plain SGD in registers, activations of all columns of a tile's rows in one run, tiles found
-        without divisions and hyperparameters that are handed over when they change took a sixth
-        off; times on AVX-512 are from before that.""",
+        activations and updates of all columns of a tile's rows in one run, tiles found without
+        divisions and hyperparameters that are handed over when they change took a seventh off;
+        times on AVX-512 are from before that.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest is what a tile of a product that takes a
         microsecond costs besides: its ends, transposed operands, activations, updates. Operands
         read where they lie, tiles in the memory of the result, half a vector for the last 8 of 40
         columns and an update in one run, as rows of 40 lie across cache lines, took a fifth off;
-        plain SGD in registers, and tiles found without divisions, an eighth, on AVX2 (times on
-        AVX-512 are from before that).
+        tiles found without divisions, and functions and updates of a tile's rows in one run, an
+        eighth, on AVX2 (times on AVX-512 are from before that).
         Half of the examples on each of two threads through all layers, and then half of the
         weights, meets but twice a step and copies no operand, and still gained no more than 8 %:
         each fetches activations, gradients and weights that the other has written a microsecond

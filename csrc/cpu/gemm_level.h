@@ -360,13 +360,12 @@ void each_row(const Gemm& g, int64_t i, int64_t j, int64_t mr, const F& f) {
   for (int64_t r = 0; r < mr; ++r) f(r * kPanel, (i + r) * g.c_i + j * g.c_j);
 }
 
-// Fetches what an update of the tile will read: to L1 if it is next, else to L2.
-template <bool is_next>
-void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
+// Fetches what an update of the tile will read.
+inline void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
   constexpr int64_t line = 16;
   each_row(g, i, j, mr, [&](int64_t, int64_t at) {
     for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1})
-      for (int64_t c = 0; p && c < kPanel; c += line) __builtin_prefetch(p + at + c, 1, is_next ? 3 : 2);
+      for (int64_t c = 0; p && c < kPanel; c += line) __builtin_prefetch(p + at + c, 1);
   });
 }
 
@@ -403,24 +402,13 @@ void load_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, cons
 // The update of parameters in rows [i, i + mr) from column j on, whose gradients are [mr][stride].
 inline void update_rows(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t columns, const float* gradients,
                         int64_t stride) {
-  with_rule<float>(*g.update, [&](const auto& rule) {
-    const auto run = [&](int64_t r, int64_t n) {
-      const int64_t at = (i + r) * g.c_i + j;
-      float* const p = static_cast<float*>(g.c) + at;
-      float* const state0 = g.state0 ? g.state0 + at : nullptr;
-      float* const state1 = g.state1 ? g.state1 + at : nullptr;
-      const float* const gradient = gradients + r * stride;
-#pragma GCC ivdep
-      for (int64_t c = 0; c < n; ++c) rule(p, gradient, state0, state1, c);
-    };
-    if (columns == stride && columns == g.c_i) return run(0, mr * columns);
-    for (int64_t r = 0; r < mr; ++r) {
-      if (columns % kLanes == 0)
-        run(r, columns / kLanes * kLanes);  // whole vectors, as the compiler now knows
-      else
-        run(r, columns);
-    }
-  });
+  const bool in_one_run = columns == stride && columns == g.c_i;
+  const int64_t runs = in_one_run ? 1 : mr, length = mr * columns / runs;
+  for (int64_t r = 0; r < runs; ++r) {
+    const int64_t at = (i + r) * g.c_i + j;
+    update<float>(*g.update, static_cast<float*>(g.c) + at, gradients + r * stride, g.state0 ? g.state0 + at : nullptr,
+                  g.state1 ? g.state1 + at : nullptr, length);
+  }
 }
 
 // Whether the memory of C can be that of tiles as wide as panels.
@@ -524,8 +512,7 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
             const bool direct = has_function ? in_one_run : in_c && !in_rows && is_full(nr);
             float* const tile = row_of_tiles + (p - p0) * apart;
-            if (!in_cache && g.update && last)
-              in_rows ? prefetch_update<false>(g, i, column, mr) : prefetch_update<true>(g, i, column, mr);
+            if (!in_cache && g.update && last) prefetch_update(g, i, column, mr);
             if (!in_cache && next_k < all)
               prefetch_a<T>(g, next_i, mr, next_k, std::min(kBlock, all - next_k), p - p0, width);
             TileProduct product{.kc = kc, .first = k0 == 0};

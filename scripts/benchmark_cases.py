@@ -965,7 +965,7 @@ def cifar_epoch(name: str, quick: bool) -> Case:
             JAX: in_jax_too,
             ARITHMETIC: lambda: arithmetic_alone(flops),
         },
-        {"torch, DataLoader": 3, ARITHMETIC: 1 / 1.25},
+        {"torch, DataLoader": 3, "floor": 1 / 1.25},
         Floor(flops),
         # Of 400,000 rectifiers in four steps, one may lie so near to 0 that rounding decides on
         # which side: it moves the updates by 2e-3. A wrong rate or image moves them by 1e-1.

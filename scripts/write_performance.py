@@ -68,16 +68,17 @@ REASONS = {
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
         update, activations and cross-entropy happen in their tiles.""",
     "cifar_epoch": """The floor, {floor} of our {ours}, is had from the best rate of a large
-        product, which on a shared machine no epoch sees for seconds on end: since then the goal
-        is set against as much arithmetic in the same rounds. In a quiet minute four fifths of a
-        step on AVX2 are the products at that rate. The rest is memory: weights are read twice,
-        momenta once, and both are written, 31 MB a step through a last cache that the host's
-        other guests fill too, so that what takes a twentieth of the time in a quiet minute takes
-        a fifth in the next; large products, whose operands stay in a core's own cache, notice
-        little of them. Against them the epoch had between 66 and 88 % in one hour. Huge pages
-        behind the weights and their momenta gained no more than 2 %. Weights with momentum are
-        updated by rows of several tiles by now, and no more tile by tile, which took an eighth
-        off the gradient of the first layer on AVX2; times on AVX-512 are from before that.""",
+        product, which on a shared machine no epoch sees for seconds on end. As much arithmetic
+        in large products, in the same rounds (`the arithmetic alone`), was between 66 and 88 %
+        of the epoch within one hour on AVX2. In a quiet minute four fifths of a step are the
+        products at that rate. The rest is memory: weights are read twice, momenta once, and both
+        are written, 31 MB a step through a last cache that the host's other guests fill too, so
+        that what takes a twentieth of the time in a quiet minute takes a fifth in the next;
+        large products, whose operands stay in a core's own cache, notice little of them. Huge
+        pages behind the weights and their momenta gained no more than 2 %. Weights with momentum
+        are updated by rows of several tiles by now, and no more tile by tile, which took an
+        eighth off the gradient of the first layer on AVX2; times on AVX-512 are from before
+        that.""",
     "linear_relu_bf16": """All but a few per cent of the time is in the three matrix products: the
         floor is {floor} of our {ours}. On Zen 4 PyTorch's reach 91 to 95 % of what the instruction
         for pairs of bfloat16 gives, and ours, in whose tiles the activation happens, about as much:

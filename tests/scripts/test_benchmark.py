@@ -90,9 +90,8 @@ def test_contestants_compute_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("flops", [1.4e9, 6e10])
 def test_as_much_arithmetic(monkeypatch: pytest.MonkeyPatch, flops: float) -> None:
-    ranks = iter(
-        (1.0, 2.0)
-    )  # PyTorch's product, whose operations can be counted, is the faster one
+    # PyTorch's product, whose operations can be counted, is the faster one.
+    ranks = iter((1.0, 2.0))
     monkeypatch.setattr(benchmark_cases, "fastest", lambda call, seconds: next(ranks))
     contestant = benchmark_cases.arithmetic_alone(flops)
     with FlopCounterMode(display=False) as counter:

@@ -20,6 +20,7 @@ struct Gemm {
   int64_t a_i = 0, a_k = 0, b_k = 0, b_j = 0;
   void* c = nullptr;
   int64_t c_i = 0, c_j = 0;
+  bool of_parameter = false;  // C is a parameter's gradient, or the parameter itself
 
   // What becomes of a tile, in this order. The matrices have C's shape and strides.
   const void* bias = nullptr;  // added: an element for each row (bias_of_row) or column

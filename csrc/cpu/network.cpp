@@ -78,6 +78,7 @@ void backward(const Network& net, Matrix x, Matrix dy, const std::vector<Gradien
     if (wanted.weight) {
       const Matrix h = l > 0 ? by_example(net.layers[l - 1].h, net.n) : x;
       Gemm g = product(layer.out, layer.in, net.n, dz.transposed(), h, {wanted.weight, layer.in, 1});
+      g.of_parameter = true;
       g.update = wanted.update_weight;
       g.state0 = wanted.state_weight[0];
       g.state1 = wanted.state_weight[1];

@@ -129,13 +129,15 @@ std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, 
   const Tensor dz = readable(dz_), x = readable(x_), weight = readable(weight_);
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Matrix d = matrix_of(dz), rows = matrix_of(x), w = matrix_of(weight);
-  const auto multiply = [&](int64_t rows, int64_t columns, int64_t k, Matrix a, Matrix b) {
+  const auto multiply = [&](int64_t rows, int64_t columns, int64_t k, Matrix a, Matrix b, bool of_parameter) {
     const Tensor c = empty_matrix(rows, columns, x);
-    gemm(product(rows, columns, k, a, b, matrix_of(c)));
+    Gemm g = product(rows, columns, k, a, b, matrix_of(c));
+    g.of_parameter = of_parameter;
+    gemm(g);
     return c;
   };
-  std::array<Tensor, 3> result{need_x ? multiply(n, in, out, d, w) : nothing(x),
-                               need_weight ? multiply(out, in, n, d.transposed(), rows) : nothing(x), nothing(x)};
+  std::array<Tensor, 3> result{need_x ? multiply(n, in, out, d, w, false) : nothing(x),
+                               need_weight ? multiply(out, in, n, d.transposed(), rows, true) : nothing(x), nothing(x)};
   if (need_bias) {
     result[2] = empty({out}, x.scalar_type(), x);
     sum_rows(d, n, out, result[2].mutable_data_ptr());

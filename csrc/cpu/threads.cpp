@@ -22,9 +22,11 @@ namespace {
 // a helper that comes late, or not at all, holds up nobody.
 class Team {
 public:
-  // The leader's: runs the parts and returns when all are done.
+  // The leader's: runs the parts and returns when all are done. It takes the first, as a rule, and so finds in its cache
+  // what it left there.
   void run(int64_t n, const Part& part) {
     part_ = part;
+    parts_ = n;
     done_.store(0, std::memory_order_relaxed);
     tickets_.store(n, std::memory_order_release);
     while (take()) {
@@ -47,14 +49,14 @@ public:
 private:
   static constexpr int64_t kOver = -1;
 
-  // Runs a part, if one is left. Who has taken one may read part_: it is not written before that part is done.
+  // Runs a part, if one is left. Who has taken one may read part_ and parts_: they are not written before that part is done.
   bool take() {
     int64_t left = tickets_.load(std::memory_order_relaxed);
     do {
       if (left <= 0) return false;
     } while (!tickets_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed));
     try {
-      part_.call(part_.f, left - 1);
+      part_.call(part_.f, parts_ - left);
     } catch (...) {
       if (!failed_.exchange(true)) error_ = std::current_exception();
     }
@@ -71,6 +73,7 @@ private:
   }
 
   Part part_{};
+  int64_t parts_ = 0;
   std::exception_ptr error_;
   std::atomic<bool> failed_{false};
   // On cache lines of their own, as they are written and read by all.

@@ -192,4 +192,12 @@ private:
   }
 };
 
+// One more step on x [n, in], with the hyperparameters of the step before, by a device's `steps`: to hand over a list of
+// none, and to ask x in Python how many dimensions it has, takes a hundredth of a small step.
+template <Tensor (*steps)(int64_t, const Tensor&, const Tensor&, std::vector<double>)>
+Tensor again(int64_t number, const Tensor& x, const Tensor& target) {
+  STD_TORCH_CHECK(x.dim() == 2, "torchbp::", kTrainer, ": x wants shape (N, D), got ", shape_text(x));
+  return steps(number, x, target, {});
+}
+
 }  // namespace torchbp

@@ -190,6 +190,7 @@ STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
       "open(Tensor[] weights, Tensor[] biases, Tensor[] state, str activation, float parameter, "
       "float label_smoothing, str rule, int[] groups, int[] slots) -> int");
   m.def("steps(int trainer, Tensor xs, Tensor targets, float[] hyper) -> Tensor");
+  m.def("again(int trainer, Tensor x, Tensor target) -> Tensor");
   m.def("epoch(int trainer, int images, int begin, bool drop_last, float[] hyper) -> Tensor");
   m.def("fits(int trainer, int n, Tensor like) -> bool");
   m.def("begin_step(int trainer, float[] hyper, Tensor like) -> int");
@@ -200,6 +201,7 @@ STABLE_TORCH_LIBRARY(torchbp_trainer, m) {
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CPU, m) {
   m.impl("open", TORCH_BOX(&torchbp::open));
   m.impl("steps", TORCH_BOX(&torchbp::steps));
+  m.impl("again", TORCH_BOX(&torchbp::again<&torchbp::steps>));
   m.impl("logits", TORCH_BOX(&torchbp::logits));
   m.impl("close", TORCH_BOX(&torchbp::close));
 }

@@ -777,6 +777,7 @@ void close(int64_t number, const Tensor&) { trainers.close(number); }
 STABLE_TORCH_LIBRARY_IMPL(torchbp_trainer, CUDA, m) {
   m.impl("open", TORCH_BOX(&torchbp::cuda::open));
   m.impl("steps", TORCH_BOX(&torchbp::cuda::steps));
+  m.impl("again", TORCH_BOX(&torchbp::again<&torchbp::cuda::steps>));
   m.impl("fits", TORCH_BOX(&torchbp::cuda::fits));
   m.impl("begin_step", TORCH_BOX(&torchbp::cuda::begin_step));
   m.impl("update", TORCH_BOX(&torchbp::cuda::update));

@@ -97,7 +97,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trainer = torch.ops.torchbp_trainer
         self.count += func.namespace == "torchbp" or func in (
-            trainer.steps.default, trainer.epoch.default
+            trainer.steps.default, trainer.again.default, trainer.epoch.default
         )  # fmt: skip
         return func(*args, **(kwargs or {}))
 

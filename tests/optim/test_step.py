@@ -987,7 +987,7 @@ def test_bad_batches_change_nothing(
     optimizer = optimizer_of(model, rule, **options)
     scheduler = ExponentialLR(optimizer, 0.5)
     step = compile_step(model, optimizer)
-    for _ in range(2):  # in the first step and later
+    for _ in range(3):  # the first step, one with hyperparameters, and one with the same again
         before = everything(model, optimizer)
         if many:
             xs, targets = (v[None] if isinstance(v, Tensor) else v for v in (x, target))
@@ -1272,6 +1272,32 @@ def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
         ops.close(trainer, torch.empty(0))
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_the_same_step_again(rule: str) -> None:
+    ops, results = torch.ops.torchbp_trainer, []
+    call = Call.of(rule)
+    for again in (False, True):
+        own = copy.deepcopy(call)
+        trainer = ops.open(
+            own.weights, own.biases, own.state, "relu", 0.0, 0.1, rule, own.groups, own.slots
+        )
+        try:
+            with pytest.raises(RuntimeError, match=r"hyper wants 12 numbers, .*got 0"):
+                ops.again(trainer, own.xs, own.targets)
+            losses = [ops.steps(trainer, own.xs, own.targets, own.hyper)]
+            losses.append(
+                ops.again(trainer, own.xs, own.targets)
+                if again
+                else ops.steps(trainer, own.xs, own.targets, own.hyper)
+            )
+            results.append([*losses, *own.weights, *own.biases, *own.state])
+            with pytest.raises(RuntimeError, match=r"x wants shape \(N, D\), got \(1, 5, 3\)"):
+                ops.again(trainer, own.xs[None], own.targets[None])
+        finally:
+            ops.close(trainer, torch.empty(0))
+    assert_same(results[0], results[1], rtol=0, atol=0)
+
+
 def test_a_trainer_that_was_closed() -> None:
     with pytest.raises(RuntimeError, match="there is no trainer 0"):
         torch.ops.torchbp_trainer.steps(0, torch.ones(5, 3), torch.zeros(5).long(), [])
@@ -1281,7 +1307,10 @@ def test_unchanged() -> None:
     """What the step asks before it runs: identity, not equality."""
     value, group = [1.5], {"lr": 0.5}
     owner = SimpleNamespace(state=value)
+    holds: tuple[tuple[Any, Any, Any], ...]
     holds = ((group, "lr", group["lr"]), (value, 0, value[0]), (owner, "state", value))
+    weight, wanted = torch.nn.Parameter(torch.zeros(1)), torch._C.TensorBase.requires_grad
+    holds += ((weight, wanted, True),)
     sizes = ((group, None, 1), (value, None, 1))
     keys = [torch.zeros(1) for _ in range(3)]
     state: dict[Tensor, dict[str, Any]] = {key: {} for key in keys[:2]}
@@ -1290,8 +1319,12 @@ def test_unchanged() -> None:
     for broken in (
         (state, keys[0], {}), (state, keys[2], {}), (state, keys[0].clone(), state[keys[0]]),
         (group, "lr", float("0.5")), (group, "momentum", 0.5), (value, 1, 1.5), (value, 0, None),
-        (owner, "state", [1.5]), (group, None, 2), (value, None, 0),
+        (owner, "state", [1.5]), (group, None, 2), (value, None, 0), (weight, wanted, False),
     ):  # fmt: skip
         assert not _C.unchanged((*holds, *sizes, *of_keys, broken))
     with pytest.raises(AttributeError):
         _C.unchanged(((owner, "missing", None),))
+    with pytest.raises(TypeError, match="requires_grad"):
+        _C.unchanged(((owner, wanted, True),))
+    with pytest.raises(TypeError, match="conditions wants a tuple"):
+        _C.unchanged([])  # type: ignore[arg-type]

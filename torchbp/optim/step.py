@@ -29,20 +29,21 @@ __all__ = ["CompiledStep", "compile_step"]
 
 # Nothing here is for autograd to record.
 _library = torch.library.Library("torchbp_trainer", "IMPL")
-for _name in ("open", "steps", "fits", "begin_step", "update", "logits", "close"):
+for _name in ("open", "steps", "again", "fits", "begin_step", "update", "logits", "close"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
+_run_again = torch.ops.torchbp_trainer.again.default._op
 _run_epoch = torch.ops.torchbp_trainer.epoch.default._op
 _logits_of = torch.ops.torchbp_trainer.logits.default._op
 _close_trainer = torch.ops.torchbp_trainer.close.default._op
 _increment_version = torch._C._increment_version
 _unchanged = _C.unchanged
+_requires_grad = torch._C.TensorBase.requires_grad  # its descriptor
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
 _HINT = "or train through autograd"
-_SAME: list[float] = []  # hyperparameters, as in the step before
 _NEVER: tuple[tuple[object, object, object], ...] = (([], None, 1),)  # conditions that do not hold
 
 #: Numbers that the batches of an epoch hold which are made at a time on a GPU: 64 MiB.
@@ -163,9 +164,13 @@ class CompiledStep:
         if is_traced():
             return _outside_of_the_graph(self, x, target)
         hyper = self._prepare()
-        if self._state is None or getattr(x, "requires_grad", True) or x.dim() != 2:
+        if self._state is None or getattr(x, "requires_grad", True):
             self._check_batch(x, target)
             return self._through_autograd(x, target)
+        if hyper is self._known:  # to take a list of numbers apart costs a fortieth of a tiny step
+            return self._train(_run_again, (self._trainer, x, target), (x, target))
+        if x.dim() != 2:
+            self._check_batch(x, target)
         return self._run(x, target, hyper)
 
     def logits(self) -> Tensor:
@@ -327,11 +332,9 @@ class CompiledStep:
 
     def _run(self, x: Tensor, target: Tensor, hyper: list[float]) -> Tensor:
         if self._runner is not None:
-            return self._train(self._runner.steps, (x, target, hyper))
-        if hyper is self._known:  # to take a list of numbers apart costs a fortieth of a tiny step
-            return self._train(_run_steps, (self._trainer, x, target, _SAME))
+            return self._train(self._runner.steps, (x, target, hyper), (x, target))
         self._known = None  # if this raises
-        losses = self._train(_run_steps, (self._trainer, x, target, hyper))
+        losses = self._train(_run_steps, (self._trainer, x, target, hyper), (x, target))
         self._known = hyper
         return losses
 
@@ -339,16 +342,19 @@ class CompiledStep:
         self,
         operation: Callable[..., Tensor],
         arguments: tuple[Any, ...],
-        batch: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        batch: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Run an operation of the trainer; `batch` gives what to blame if it fails, where that does
-        not stand before the hyperparameters, which come last."""
+        """Run an operation of the trainer; `batch`, or what gives it, is to blame if it fails."""
         try:
             losses = operation(*arguments)
         except (RuntimeError, TypeError):
             self._build()  # each says it better, if it is the model or the batch that is bad
-            x, target = batch() if batch else arguments[-3:-1]
-            self._check_batch(x, target, many=isinstance(x, Tensor) and x.dim() == 3)
+            x, target = batch() if callable(batch) else batch
+            self._check_batch(
+                x,
+                target,
+                many=operation is not _run_again and isinstance(x, Tensor) and x.dim() == 3,
+            )
             raise
         self._logits = None
         # A graph that holds a parameter has to see that it was changed, and a scheduler that there
@@ -542,7 +548,7 @@ class CompiledStep:
                 raise ValueError(f"{_OP}: {name} wants contiguous memory, got stride {p.stride()}")
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise ValueError(f"{_OP}: {name} wants no hooks: remove them, {_HINT}")
-            self._seen.append((p, "requires_grad", p.requires_grad))
+            self._seen.append((p, _requires_grad, p.requires_grad))
         self._trained = [p for p in self._parameters if p.requires_grad]
         self._device = self._weights[0].device
 

@@ -31,6 +31,15 @@ __all__ = ["CompiledStep", "compile_step"]
 _library = torch.library.Library("torchbp_trainer", "IMPL")
 for _name in ("open", "steps", "again", "fits", "begin_step", "update", "logits", "close"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _under_autocast(*_: Any) -> Tensor:
+    raise RuntimeError("compile_step wants no autocast")  # `_build` says it better
+
+
+# The dispatcher sees autocast for nothing; to ask for it takes a hundredth of a small step.
+_library.impl("again", _under_autocast, "AutocastCPU")
+
 _open_trainer = torch.ops.torchbp_trainer.open.default._op
 _run_steps = torch.ops.torchbp_trainer.steps.default._op
 _run_again = torch.ops.torchbp_trainer.again.default._op
@@ -163,12 +172,13 @@ class CompiledStep:
         """
         if is_traced():
             return _outside_of_the_graph(self, x, target)
-        hyper = self._prepare()
-        if self._state is None or getattr(x, "requires_grad", True):
+        hyper, plain = self._look(), not getattr(x, "requires_grad", True)
+        if plain and hyper is self._known:
+            return self._train(_run_again, (self._trainer, x, target), (x, target))
+        self._refuse_autocast()
+        if self._state is None or not plain:
             self._check_batch(x, target)
             return self._through_autograd(x, target)
-        if hyper is self._known:  # to take a list of numbers apart costs a fortieth of a tiny step
-            return self._train(_run_again, (self._trainer, x, target), (x, target))
         if x.dim() != 2:
             self._check_batch(x, target)
         return self._run(x, target, hyper)
@@ -308,8 +318,17 @@ class CompiledStep:
     # ---- the step
 
     def _prepare(self) -> list[float]:
+        """The hyperparameters of a step, after a look at whether it can be done."""
+        self._refuse_autocast()
+        return self._look()
+
+    def _refuse_autocast(self) -> None:
+        if _any_autocast():
+            self._build()  # which says it
+
+    def _look(self) -> list[float]:
         """The hyperparameters of a step, after a look at whether all is as `_build` saw it."""
-        if not _unchanged(self._conditions) or _any_autocast():
+        if not _unchanged(self._conditions):
             self._build()
         if not _unchanged(self._options):
             self._read_options()

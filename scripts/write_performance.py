@@ -32,7 +32,8 @@ Result = dict[str, Any]
 #: Case -> what stands in the way of its goal. In braces, of the same run: `ours`, `torch`, `jax`,
 #: `empty` (Functions that compute nothing), `bytes` (shuffled images copied as they are), `floor`,
 #: how many times as long as the floor PyTorch takes, `at_floor`, as empty Functions, `possible`,
-#: and as both, `reachable`.
+#: and as both, `reachable`; and JAX as empty Functions, `possible_jax`, and as twice the floor,
+#: which one of two threads takes, `jax_alone`.
 REASONS = {
     "ce_8192x10": """Functions that compute nothing take {empty} of our {ours}, so that about
         {possible} would be the most that kernels without cost could reach, and {reachable} kernels
@@ -42,7 +43,8 @@ REASONS = {
         three stores of 16 bytes, of which a cycle takes one. Fewer or more rows in a block, and
         fetching its lines ahead, gained nothing. Rows that stay as they lie, to whose numbers
         shuffles bring what belongs to a row, take as long on AVX2: what they save on the way back
-        they spend on sums.""",
+        they spend on sums. Rows read and written in whole vectors, with blends in place of most
+        shuffles, take a twentieth less on AVX-512, and a quarter more on AVX2.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
         that a third of the traffic is lines fetched to be overwritten; the floor's copy fits. The
         ratio follows PyTorch's time, which varies more from run to run than ours.""",
@@ -68,30 +70,30 @@ REASONS = {
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
         update, activations and cross-entropy happen in their tiles.""",
     "cifar_epoch": """The floor, {floor} of our {ours}, is had from the best rate of a large
-        product, which on a shared machine no epoch sees for seconds on end. As much arithmetic
-        in large products, in the same rounds (`the arithmetic alone`), was between 66 and 88 %
-        of the epoch within one hour on AVX2. In a quiet minute four fifths of a step are the
-        products at that rate. The rest is memory: weights are read twice, momenta once, and both
-        are written, 31 MB a step through a last cache that the host's other guests fill too, so
-        that what takes a twentieth of the time in a quiet minute takes a fifth in the next;
-        large products, whose operands stay in a core's own cache, notice little of them. Huge
-        pages behind the weights and their momenta gained no more than 2 %. Weights with momentum
-        are updated by rows of several tiles by now, and no more tile by tile, which took an
-        eighth off the gradient of the first layer on AVX2; times on AVX-512 are from before
-        that.""",
+        product, which on a shared machine no epoch sees for seconds on end; as much arithmetic in
+        large products, in the same rounds, is `the arithmetic alone`. The rest is memory: weights
+        are read twice, momenta once, and both are written, 31 MB a step. What that takes depends
+        on where the host of this virtual machine has its two cores, which it moves every few
+        seconds: where they share no cache, a message from one to the other takes four times as
+        long, and an epoch a sixth longer, as half of each batch, of the activations and of their
+        gradients is written by one thread and read by the other. So were the weights, and an epoch
+        took half as long again, until a layer and its gradient were both divided by rows of the
+        weights (times on AVX2 are from before that). Huge pages behind weights and momenta gained
+        no more than 2 %, and to fetch them ahead in another way, or not at all, nothing.""",
     "linear_relu_bf16": """All but a few per cent of the time is in the three matrix products: the
-        floor is {floor} of our {ours}. On Zen 4 PyTorch's reach 91 to 95 % of what the instruction
-        for pairs of bfloat16 gives, and ours, in whose tiles the activation happens, about as much:
-        a tenth less than PyTorch's time would leave nothing for copies of blocks. To fetch
-        these ahead gained nothing. Where a machine has no such instruction, products are those of
-        float32, and cannot take half as long as these.""",
+        floor is {floor} of our {ours}, and PyTorch takes {at_floor} as long as it. On Zen 4
+        PyTorch's reach 91 to 95 % of what the instruction for pairs of bfloat16 gives, and ours, in
+        whose tiles the activation happens, about as much: a tenth less than PyTorch's time would
+        leave nothing for copies of blocks. To fetch these ahead gained nothing. Where a machine has
+        no such instruction, products are those of float32, and cannot take half as long as
+        these.""",
     "tiny_autograd": """Functions that compute nothing, six gradients handed to `.grad` and our
-        optimizer take {empty} of our {ours}; with kernels without cost that would be {possible}.
-        Of backward's instructions besides the products, a fifth sets a thread's state for each of
-        the engine's eight nodes and back, another goes into the call of one operation with lists of
-        tensors through PyTorch's dispatcher, and the rest into the engine's start and end, its six
-        accumulations, and Python around two Functions. `compile_step` does the same step without
-        them.""",
+        optimizer take {empty} of our {ours}; with kernels without cost that would be {possible},
+        and {possible_jax} over JAX. Of backward's instructions besides the products, a fifth sets a
+        thread's state for each of the engine's eight nodes and back, another goes into the call of
+        one operation with lists of tensors through PyTorch's dispatcher, and the rest into the
+        engine's start and end, its six accumulations, and Python around two Functions.
+        `compile_step` does the same step without them.""",
     "tiny_step": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest of our {ours} are a call
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the
@@ -99,19 +101,19 @@ REASONS = {
         thousand numbers. To share a single step between threads would cost what waking one takes.
         The ratio to JAX follows JAX's time, which varies by a third from run to run. On AVX2
         activations and updates of all columns of a tile's rows in one run, tiles found without
-        divisions and hyperparameters that are handed over when they change took a seventh off;
-        times on AVX-512 are from before that.""",
+        divisions and hyperparameters that are handed over when they change took a seventh off; on
+        AVX-512, fewer arguments and cheaper questions whether all is unchanged, a twentieth.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
-        shared: on one thread about twice that. The rest is what a tile of a product that takes a
-        microsecond costs besides: its ends, transposed operands, activations, updates. Operands
-        read where they lie, tiles in the memory of the result, half a vector for the last 8 of 40
-        columns and an update in one run, as rows of 40 lie across cache lines, took a fifth off;
-        tiles found without divisions, and functions and updates of a tile's rows in one run, an
-        eighth, on AVX2 (times on AVX-512 are from before that).
-        Half of the examples on each of two threads through all layers, and then half of the
-        weights, meets but twice a step and copies no operand, and still gained no more than 8 %:
-        each fetches activations, gradients and weights that the other has written a microsecond
-        ago. It was given up, as that is not worth a second way to train.""",
+        shared: on one of two threads they would take twice that, and JAX {jax_alone} as long. The
+        rest is what a tile of a product that takes a microsecond costs besides: its ends,
+        transposed operands, activations, updates. Operands read where they lie, tiles in the memory
+        of the result, half a vector for the last 8 of 40 columns and an update in one run, as rows
+        of 40 lie across cache lines, took a fifth off; tiles found without divisions, and functions
+        and updates of a tile's rows in one run, an eighth, on AVX2. Half of the examples on each of
+        two threads through all layers, and then half of the weights, meets but twice a step and
+        copies no operand, and still gained no more than 8 %: each fetches activations, gradients
+        and weights that the other has written a microsecond ago. It was given up, as that is not
+        worth a second way to train.""",
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
         `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
         to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}
@@ -212,11 +214,15 @@ def numbers(result: Result) -> dict[str, str]:
         said["floor"] = duration(result["floor"])
         if "torch" in ran:
             said["at_floor"] = times(ran["torch"]["seconds"] / result["floor"])
+        if "jax" in ran:
+            said["jax_alone"] = times(ran["jax"]["seconds"] / (2 * result["floor"]))
     if BYTES in ran:
         said["bytes"] = said[BYTES]
     if EMPTY in ran:
         said["empty"] = said[EMPTY]
         said["possible"] = times(ran["torch"]["seconds"] / ran[EMPTY]["seconds"])
+        if "jax" in ran:
+            said["possible_jax"] = times(ran["jax"]["seconds"] / ran[EMPTY]["seconds"])
         if result["floor"]:
             least = ran[EMPTY]["seconds"] + result["floor"]
             said["reachable"] = times(ran["torch"]["seconds"] / least)

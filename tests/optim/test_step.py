@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -1100,19 +1101,25 @@ class Call:
             weights, biases, state, rule, [0, 1, -1, 0], slots, xs, targets, hyper * (steps or 1)
         )
 
-    def run(self, *more: list[float]) -> torch.Tensor:
-        """The steps, and again with other hyperparameters."""
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """The number of a trainer of these arguments, until the block ends."""
         ops = torch.ops.torchbp_trainer
         trainer = ops.open(
             self.weights, self.biases, self.state, self.activation, 0.0, self.smoothing, self.rule,
             self.groups, self.slots,
         )  # fmt: skip
         try:
-            for hyper in (self.hyper, *more):
-                losses = ops.steps(trainer, self.xs, self.targets, hyper)
-            return losses
+            yield trainer
         finally:
             ops.close(trainer, torch.empty(0))
+
+    def run(self, *more: list[float]) -> torch.Tensor:
+        """The steps, and again with other hyperparameters."""
+        with self.opened() as trainer:
+            for hyper in (self.hyper, *more):
+                losses = torch.ops.torchbp_trainer.steps(trainer, self.xs, self.targets, hyper)
+            return losses
 
 
 def put(name: str, *path: Any) -> Callable[[Call], None]:
@@ -1228,76 +1235,60 @@ EPOCH: dict[str, tuple[torch.Tensor, torch.dtype, int, str]] = {
 
 @pytest.mark.parametrize("case", EPOCH)
 def test_epoch_refusals(case: str) -> None:
-    call, ops = Call.of("sgd"), torch.ops.torchbp_trainer
-    trainer = ops.open(
-        call.weights, call.biases, call.state, "relu", 0.0, 0.1, "sgd", call.groups, call.slots
-    )
+    call = Call.of("sgd")
     plan = (torch.arange(4), None, None, torch.zeros(4).long(), [1.0], [0.0])
 
-    def run(images: Any, dtype: Any, begin: Any) -> None:
+    def run(trainer: int, images: Any, dtype: Any, begin: Any) -> None:
         opened = torch.ops.torchbp_images.open(images, *plan, dtype, 1, False)
         try:
-            ops.epoch(trainer, opened, begin, False, call.hyper)
+            torch.ops.torchbp_trainer.epoch(trainer, opened, begin, False, call.hyper)
         finally:
             torch.ops.torchbp_images.close(opened)
 
     *wrong, message = EPOCH[case]
-    try:
-        run(torch.zeros(6, 1, 1, 3).byte(), torch.float32, 0)
+    with call.opened() as trainer:
+        run(trainer, torch.zeros(6, 1, 1, 3).byte(), torch.float32, 0)
         before = [weight.clone() for weight in call.weights]
         with pytest.raises(RuntimeError, match=f"torchbp::.*{message}"):
-            run(*wrong)
+            run(trainer, *wrong)
         assert_same(call.weights, before, rtol=0, atol=0)
-    finally:
-        ops.close(trainer, torch.empty(0))
 
 
 @pytest.mark.parametrize("name", ["weights", "biases", "state"])
 @pytest.mark.parametrize("change", ["size", "strides", "dtype"])
 def test_tensors_that_change_behind_a_trainer(name: str, change: str) -> None:
-    call, ops = Call.of("sgd"), torch.ops.torchbp_trainer
+    call = Call.of("sgd")
     if change == "strides" and name == "biases":
         pytest.skip("a vector has none to change")
-    trainer = ops.open(
-        call.weights, call.biases, call.state, "relu", 0.0, 0.1, "sgd", call.groups, call.slots
-    )
-    tensor = getattr(call, name)[0]
-    if change == "size":
-        tensor.resize_(2)
-    elif change == "dtype":
-        tensor.data = tensor.double()
-    else:
-        tensor.t_()
-    try:
+    with call.opened() as trainer:
+        tensor = getattr(call, name)[0]
+        if change == "size":
+            tensor.resize_(2)
+        elif change == "dtype":
+            tensor.data = tensor.double()
+        else:
+            tensor.t_()
         with pytest.raises(RuntimeError, match="has changed in shape, layout or dtype"):
-            ops.steps(trainer, call.xs, call.targets, call.hyper)
-    finally:
-        ops.close(trainer, torch.empty(0))
+            torch.ops.torchbp_trainer.steps(trainer, call.xs, call.targets, call.hyper)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_the_same_step_again(rule: str) -> None:
-    ops, results = torch.ops.torchbp_trainer, []
-    call = Call.of(rule)
+    ops, call = torch.ops.torchbp_trainer, Call.of(rule)
+    results = []
     for again in (False, True):
         own = copy.deepcopy(call)
-        trainer = ops.open(
-            own.weights, own.biases, own.state, "relu", 0.0, 0.1, rule, own.groups, own.slots
-        )
-        try:
+        with own.opened() as trainer:
             with pytest.raises(RuntimeError, match=r"hyper wants 12 numbers, .*got 0"):
                 ops.again(trainer, own.xs, own.targets)
-            losses = [ops.steps(trainer, own.xs, own.targets, own.hyper)]
-            losses.append(
-                ops.again(trainer, own.xs, own.targets)
-                if again
-                else ops.steps(trainer, own.xs, own.targets, own.hyper)
-            )
-            results.append([*losses, *own.weights, *own.biases, *own.state])
+            first = ops.steps(trainer, own.xs, own.targets, own.hyper)
+            if again:
+                second = ops.again(trainer, own.xs, own.targets)
+            else:
+                second = ops.steps(trainer, own.xs, own.targets, own.hyper)
+            results.append([first, second, *own.weights, *own.biases, *own.state])
             with pytest.raises(RuntimeError, match=r"x wants shape \(N, D\), got \(1, 5, 3\)"):
                 ops.again(trainer, own.xs[None], own.targets[None])
-        finally:
-            ops.close(trainer, torch.empty(0))
     assert_same(results[0], results[1], rtol=0, atol=0)
 
 

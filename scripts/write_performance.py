@@ -44,7 +44,8 @@ REASONS = {
         fetching its lines ahead, gained nothing. Rows that stay as they lie, to whose numbers
         shuffles bring what belongs to a row, take as long on AVX2: what they save on the way back
         they spend on sums. Rows read and written in whole vectors, with blends in place of most
-        shuffles, take a twentieth less on AVX-512, and a quarter more on AVX2.""",
+        shuffles, take a twentieth less on AVX-512, and a quarter more on AVX2. Nodes in C++ in
+        place of Functions, of which `tiny_autograd` tells, would take a quarter off the call.""",
     "ce_4096x1000": """Logits and gradient are 33 MB, more than the last cache beside each other, so
         that a third of the traffic is lines fetched to be overwritten; the floor's copy fits. The
         ratio follows PyTorch's time, which varies more from run to run than ours.""",
@@ -63,8 +64,9 @@ REASONS = {
     "linear_relu_f32": """The three products take the floor of {floor} at the rate of the fastest
         large product, PyTorch's or ours, of our {ours}: at that rate alone, with bias, activation
         and sums for nothing, the ratio would be {at_floor}. An eighth of the time is spent on
-        copies of blocks to where the tiles find them; fetching these ahead, wider blocks and huge
-        pages behind the results made no difference.""",
+        copies of blocks to where the tiles find them; fetching these ahead, wider blocks, huge
+        pages behind the results, and on AVX2 panels that lie in other cache sets or copies that are
+        kept for all blocks of columns made no difference, or a hundredth.""",
     "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours};
         at that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
@@ -78,8 +80,8 @@ REASONS = {
         long, and an epoch a sixth longer, as half of each batch, of the activations and of their
         gradients is written by one thread and read by the other. So were the weights, and an epoch
         took half as long again, until a layer and its gradient were both divided by rows of the
-        weights (times on AVX2 are from before that). Huge pages behind weights and momenta gained
-        no more than 2 %, and to fetch them ahead in another way, or not at all, nothing.""",
+        weights. Huge pages behind weights and momenta gained no more than 2 %, and to fetch them
+        ahead in another way, or not at all, nothing.""",
     "linear_relu_bf16": """All but a few per cent of the time is in the three matrix products: the
         floor is {floor} of our {ours}, and PyTorch takes {at_floor} as long as it. On Zen 4
         PyTorch's reach 91 to 95 % of what the instruction for pairs of bfloat16 gives, and ours, in
@@ -92,14 +94,20 @@ REASONS = {
         and {possible_jax} over JAX. Of backward's instructions besides the products, a fifth sets a
         thread's state for each of the engine's eight nodes and back, another goes into the call of
         one operation with lists of tensors through PyTorch's dispatcher, and the rest into the
-        engine's start and end, its six accumulations, and Python around two Functions.
-        `compile_step` does the same step without them.""",
+        engine's start and end, its six accumulations, and Python around two Functions. Nodes in C++
+        in place of these, tried on AVX2, take a quarter off the step, and had they computed nothing
+        the ratio would have been 3.6, and 1 over JAX. They were given up: a node's type belongs to
+        PyTorch's unstable interface, which one binary for several versions cannot use, and the
+        Function that a student reads would no longer be what runs. `compile_step` does the same
+        step without any of them.""",
     "tiny_step": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one thread about twice that. The rest of our {ours} are a call
         through PyTorch's dispatcher with a look at whether model and optimizer are unchanged, the
         update inside the products' tiles, cross-entropy and the transposition of operands of some
         thousand numbers. To share a single step between threads would cost what waking one takes.
-        The ratio to JAX follows JAX's time, which varies by a third from run to run. On AVX2
+        The ratio to JAX follows JAX's time, which varies by a third from run to run; and on the
+        machine with AVX2 it follows the host, which for seconds on end slows down all that runs, to
+        half the speed, and not what threads of JAX wait for each other. On AVX2
         activations and updates of all columns of a tile's rows in one run, tiles found without
         divisions and hyperparameters that are handed over when they change took a seventh off; on
         AVX-512, fewer arguments and cheaper questions whether all is unchanged, a twentieth.""",
@@ -111,9 +119,9 @@ REASONS = {
         of 40 lie across cache lines, took a fifth off; tiles found without divisions, and functions
         and updates of a tile's rows in one run, an eighth, on AVX2. Half of the examples on each of
         two threads through all layers, and then half of the weights, meets but twice a step and
-        copies no operand, and still gained no more than 8 %: each fetches activations, gradients
-        and weights that the other has written a microsecond ago. It was given up, as that is not
-        worth a second way to train.""",
+        copies no operand, and still gained no more than 8 %: each fetches 31 KB of activations,
+        gradients and weights that the other has written a microsecond ago. It was given up, as that
+        is not worth a second way to train.""",
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
         `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
         to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}

@@ -145,29 +145,35 @@ TORCHBP_INLINE T exp_to_one(T x) {
   return where(x < R::least_normal, 0, y * power_of_two<T>(k));
 }
 
-// e^x - 1 without the cancellation near 0: 2^k (expm1(r) + 1) - 1 = 2^k expm1(r) + (2^k - 1), all halved until the
-// last step so that 2^k cannot overflow before the result does.
+// (e^x - 1) / 2 without the cancellation near 0: 2^k (expm1(r) + 1) - 1 = 2^k expm1(r) + (2^k - 1), halved so that 2^k
+// cannot overflow before the result does. For x so near 0 that 2^k is a normal number.
+template <class T>
+TORCHBP_INLINE T half_expm1(T x) {
+  typename Reduce<T>::Int k;
+  const T r = reduce(x, k);
+  const T half = power_of_two<T>(k - 1);
+  return expm1_series(r) * half + (half - T(0.5));
+}
+
+// e^x - 1.
 template <class T>
 TORCHBP_INLINE T expm1(T x) {
   using R = Reduce<T>;
   constexpr T minus_one = -(R::mantissa + 5);  // e^x is lost beside 1 from here on
-  typename R::Int k;
-  const T r = reduce(where(x < minus_one, minus_one, where(x > R::most, R::most, x)), k);
-  const T half = power_of_two<T>(k - 1);
-  const T y = 2 * (expm1_series(r) * half + (half - T(0.5)));
+  const T y = 2 * half_expm1(where(x < minus_one, minus_one, where(x > R::most, R::most, x)));
   return x == 0 ? x : y;  // -0 stays -0
 }
 
-// tanh(|x|) = t / (t + 2) with t = expm1(2 |x|); then the sign of x. For large t the same as 1 - 2 / (t + 2): near 1, the
-// errors of what is taken off hardly count, which matters to 1 - y^2 in the backward. For small t, where that cancels and
-// t / (t + 2) has all of the error of t, the same as t / 2 - t / 2 q with q = t / (t + 2), in which the errors of q are
-// small beside t / 2. Beyond 20 the result is 1 in every dtype.
+// tanh(|x|) = h / (h + 1) with h = expm1(2 |x|) / 2; then the sign of x. For large h the same as 1 - 1 / (h + 1): near 1,
+// the errors of what is taken off hardly count, which matters to 1 - y^2 in the backward. For small h, where that cancels
+// and h / (h + 1) has all of the error of h, the same as h - h q with q = h / (h + 1), in which the errors of q are small
+// beside h. Beyond 20 the result is 1 in every dtype.
 template <class T>
 TORCHBP_INLINE T tanh(T x) {
   const T size = abs(x);
-  const T t = expm1(2 * where(size > 20, 20, size));
-  const T q = where(t < 2, t, T(2)) / (t + 2), half = t / 2;
-  return std::copysign(where(t < 2, half - half * q, 1 - q), x);
+  const T h = half_expm1(2 * where(size > 20, 20, size));
+  const T q = where(h < 1, h, T(1)) / (h + 1);
+  return std::copysign(where(h < 1, h - h * q, 1 - q), x);
 }
 
 // x = 2^k (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); with s = f / (2 + f), log(1 + f) = 2 atanh(s) is

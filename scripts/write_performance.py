@@ -65,8 +65,13 @@ REASONS = {
         large product, PyTorch's or ours, of our {ours}: at that rate alone, with bias, activation
         and sums for nothing, the ratio would be {at_floor}. An eighth of the time is spent on
         copies of blocks to where the tiles find them; fetching these ahead, wider blocks, huge
-        pages behind the results, and on AVX2 panels that lie in other cache sets or copies that are
-        kept for all blocks of columns made no difference, or a hundredth.""",
+        pages behind the results, and on AVX2 panels that lie in other cache sets, smaller and
+        larger blocks, or copies that are kept for all blocks of columns made no difference, or a
+        hundredth. On the machine with AVX2 a product in one thread reaches 80 % of what
+        multiply-adds alone do while its core is its own, and 67 % while it is not (`loop_40`).
+        Innermost loops that lie in as few cache lines as they can, two steps of them at a time, and
+        copies by columns, whose addresses are short, took off a fiftieth in the first state, and a
+        tenth in the second.""",
     "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours};
         at that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
@@ -106,8 +111,9 @@ REASONS = {
         update inside the products' tiles, cross-entropy and the transposition of operands of some
         thousand numbers. To share a single step between threads would cost what waking one takes.
         The ratio to JAX follows JAX's time, which varies by a third from run to run; and on the
-        machine with AVX2 it follows the host, which for seconds on end slows down all that runs, to
-        half the speed, and not what threads of JAX wait for each other. On AVX2
+        machine with AVX2 it follows the host, which for seconds on end runs something else on the
+        other half of our core (`loop_40`). That slows down all that computes, by a third to a half,
+        and not what threads of JAX wait for each other. On AVX2
         activations and updates of all columns of a tile's rows in one run, tiles found without
         divisions and hyperparameters that are handed over when they change took a seventh off; on
         AVX-512, fewer arguments and cheaper questions whether all is unchanged, a twentieth.""",
@@ -117,7 +123,12 @@ REASONS = {
         transposed operands, activations, updates. Operands read where they lie, tiles in the memory
         of the result, half a vector for the last 8 of 40 columns and an update in one run, as rows
         of 40 lie across cache lines, took a fifth off; tiles found without divisions, and functions
-        and updates of a tile's rows in one run, an eighth, on AVX2. Half of the examples on each of
+        and updates of a tile's rows in one run, an eighth, on AVX2. There the host runs something
+        else on the other half of our core for most of the time: multiply-adds, two a cycle, are as
+        fast as alone, but of all instructions a cycle takes three and no more, and a step has three
+        for each multiply-add. Less of them around a tile, and loops that lie in as few cache lines
+        as they can, took an eighth off in this state, and a twentieth in the other. Half of the
+        examples on each of
         two threads through all layers, and then half of the weights, meets but twice a step and
         copies no operand, and still gained no more than 8 %: each fetches 31 KB of activations,
         gradients and weights that the other has written a microsecond ago. It was given up, as that

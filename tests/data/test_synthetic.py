@@ -266,4 +266,4 @@ def test_an_mlp_learns_what_a_linear_classifier_cannot() -> None:
 
     linear, deep = accuracy(nn.Linear(3072, 10), 0.001), accuracy(mlp, 0.02)
     assert 0.2 < linear < 0.55
-    assert deep > linear + 0.2  # 0.28 to 0.33 from several seeds
+    assert deep > 0.6

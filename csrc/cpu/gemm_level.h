@@ -313,6 +313,15 @@ bool reads_a_in_place(const Gemm& g, int64_t panels) {
   return g.a_k == 1 && g.a_i <= kBlock && (panels == 1 || (panels == 2 && g.n % kPanel == 0) || g.m * g.a_i <= kNear);
 }
 
+// to [words][to_stride] = the words of a block of `columns` columns, each of which is a run in memory.
+template <class T>
+void copy_runs(const T* from, int64_t column_stride, int64_t columns, const BlockOfK<T>& block, Word* to,
+               int64_t to_stride) {
+  transpose(from, column_stride, columns, block.words, to, to_stride);
+  copy_elements(from + block.size - block.rest, 1, column_stride, block.rest, columns, to + block.words * to_stride,
+                to_stride);
+}
+
 // Copies kc words, from word k0 on, of panels [begin, end) of B, each to [kc][kPanel].
 template <class T>
 void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, Word* to) {
@@ -336,8 +345,7 @@ void copy_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0, int64_t kc, W
     if (kIsWord<T> && g.b_j == 1) {
       for (int64_t k = 0; k < kc; ++k) copy_run(panel + k * g.b_k, columns, y + k * kPanel);
     } else if (g.b_k == 1) {
-      transpose(panel, g.b_j, columns, block.words, y, kPanel);
-      copy_elements(panel + block.size - block.rest, 1, g.b_j, block.rest, columns, y + block.words * kPanel, kPanel);
+      copy_runs(panel, g.b_j, columns, block, y, kPanel);
     } else {
       copy_elements(panel, g.b_k, g.b_j, block.size, columns, y, kPanel);
     }
@@ -351,9 +359,7 @@ void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, Word* 
   const BlockOfK<T> block(g.k, k0, kc);
   const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
   if (kByColumns && g.a_k == 1) {
-    transpose(from, g.a_i, i + kColumnStride <= g.m ? kColumnStride : mr, block.words, to, kColumnStride);
-    copy_elements(from + block.size - block.rest, 1, g.a_i, block.rest, mr, to + block.words * kColumnStride,
-                  kColumnStride);
+    copy_runs(from, g.a_i, i + kColumnStride <= g.m ? kColumnStride : mr, block, to, kColumnStride);
   } else if (g.a_k == 1) {
     for (int64_t r = 0; r < mr; ++r) copy_run(from + r * g.a_i, block.words, to + r * kRowStride);
     for (int64_t r = 0; r < mr; ++r)
@@ -498,8 +504,8 @@ template <class T>
 void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
   const int64_t all = words<T>(g.k);
-  const bool a_in_place = reads_a_in_place<T>(g, end - begin),
-             by_rows = g.a_k == 1 && (a_in_place ? g.a_i != 1 : !kByColumns);
+  const bool a_in_place = reads_a_in_place<T>(g, end - begin);
+  const bool by_rows = g.a_k == 1 && (a_in_place ? g.a_i != 1 : !kByColumns);
   const bool b_in_place = reads_b_in_place<T>(g, i_end - i_begin), one_block = all <= kBlock;
   const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
   const int64_t deepest = std::min(kBlock, std::max<int64_t>(all, 1));
@@ -551,7 +557,7 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
           const MultiplyTile multiply_whole = multiply_for<T>(mr, kPanel, by_rows);
           for (int64_t p = p0; p < p1; ++p) {
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
-            const bool direct = lies_in_c && (nr == kPanel || is_full(nr));
+            const bool direct = lies_in_c && is_full(nr);
             float* const tile = row_of_tiles + (p - p0) * apart;
             if (!in_cache && g.update && last) prefetch_update(g, i, column, mr);
             if (!in_cache && next_k < all)

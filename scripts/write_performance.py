@@ -113,10 +113,10 @@ REASONS = {
         The ratio to JAX follows JAX's time, which varies by a third from run to run; and on the
         machine with AVX2 it follows the host, which for seconds on end runs something else on the
         other half of our core (`loop_40`). That slows down all that computes, by a third to a half,
-        and not what threads of JAX wait for each other. On AVX2
-        activations and updates of all columns of a tile's rows in one run, tiles found without
-        divisions and hyperparameters that are handed over when they change took a seventh off; on
-        AVX-512, fewer arguments and cheaper questions whether all is unchanged, a twentieth.""",
+        and not what threads of JAX wait for each other. On AVX2 activations and updates of all
+        columns of a tile's rows in one run, tiles found without divisions and hyperparameters that
+        are handed over when they change took a seventh off; on AVX-512, fewer arguments and cheaper
+        questions whether all is unchanged, a twentieth.""",
     "loop_40": """The products alone take {floor} on all threads, but these are too short to be
         shared: on one of two threads they would take twice that, and JAX {jax_alone} as long. The
         rest is what a tile of a product that takes a microsecond costs besides: its ends,
@@ -126,13 +126,12 @@ REASONS = {
         and updates of a tile's rows in one run, an eighth, on AVX2. There the host runs something
         else on the other half of our core for most of the time: multiply-adds, two a cycle, are as
         fast as alone, but of all instructions a cycle takes three and no more, and a step has three
-        for each multiply-add. Less of them around a tile, and loops that lie in as few cache lines
+        for each multiply-add. Fewer of them around a tile, and loops that lie in as few cache lines
         as they can, took an eighth off in this state, and a twentieth in the other. Half of the
-        examples on each of
-        two threads through all layers, and then half of the weights, meets but twice a step and
-        copies no operand, and still gained no more than 8 %: each fetches 31 KB of activations,
-        gradients and weights that the other has written a microsecond ago. It was given up, as that
-        is not worth a second way to train.""",
+        examples on each of two threads through all layers, and then half of the weights, meets but
+        twice a step and copies no operand, and still gained no more than 8 %: each fetches 31 KB of
+        activations, gradients and weights that the other has written a microsecond ago. It was
+        given up, as that is not worth a second way to train.""",
     "batches": """The peer mirrors; we mirror and move. Against the same work the ratio is that of
         `torch, shift too`. Images of 3 KiB lie anywhere in 150 MB: to copy their bytes as they are
         to one place (`index_select`), a quarter of what we write and no arithmetic, takes {bytes}

@@ -63,15 +63,15 @@ REASONS = {
     "sigmoid_16M": """As `relu_16M`: the exponentials hide behind the memory.""",
     "linear_relu_f32": """The three products take the floor of {floor} at the rate of the fastest
         large product, PyTorch's or ours, of our {ours}: at that rate alone, with bias, activation
-        and sums for nothing, the ratio would be {at_floor}. An eighth of the time is spent on
-        copies of blocks to where the tiles find them; fetching these ahead, wider blocks, huge
-        pages behind the results, and on AVX2 panels that lie in other cache sets, smaller and
-        larger blocks, or copies that are kept for all blocks of columns made no difference, or a
-        hundredth. On the machine with AVX2 a product in one thread reaches 80 % of what
-        multiply-adds alone do while its core is its own, and 67 % while it is not (`loop_40`).
-        Innermost loops that lie in as few cache lines as they can, two steps of them at a time, and
-        copies by columns, whose addresses are short, took off a fiftieth in the first state, and a
-        tenth in the second.""",
+        and sums for nothing, the ratio would be {at_floor}. An eighth of the time was spent on
+        copies of blocks to where the tiles find them. Fetching these ahead took off a third of
+        that, a line at each step of a tile; all at once before a tile it made no difference, nor
+        did wider blocks, huge pages, and on AVX2 panels that lie in other cache sets, smaller and
+        larger blocks, or copies that are kept for all blocks of columns. On the machine with AVX2 a
+        product in one thread reaches 80 % of what multiply-adds alone do while its core is its own,
+        and 67 % while it is not (`loop_40`). Innermost loops that lie in as few cache lines as they
+        can, two steps of them at a time, and copies by columns, whose addresses are short, took off
+        a fiftieth in the first state, and a tenth in the second.""",
     "wide_autograd": """The three products of each layer take the floor of {floor}, of our {ours};
         at that rate alone the ratio would be {at_floor}. Activations happen in their tiles.""",
     "wide_step": """The three products of each layer take the floor of {floor}, of our {ours}; the
@@ -85,14 +85,15 @@ REASONS = {
         long, and an epoch a sixth longer, as half of each batch, of the activations and of their
         gradients is written by one thread and read by the other. So were the weights, and an epoch
         took half as long again, until a layer and its gradient were both divided by rows of the
-        weights. Huge pages behind weights and momenta gained no more than 2 %, and to fetch them
-        ahead in another way, or not at all, nothing.""",
+        weights. Huge pages behind weights and momenta gained no more than 2 %. Fetched ahead a line
+        at each step of a tile, and not all before it, they took a tenth off the first layer, and a
+        sixth off its gradient and update.""",
     "linear_relu_bf16": """All but a few per cent of the time is in the three matrix products: the
         floor is {floor} of our {ours}, and PyTorch takes {at_floor} as long as it. On Zen 4
         PyTorch's reach 91 to 95 % of what the instruction for pairs of bfloat16 gives, and ours, in
         whose tiles the activation happens, about as much: a tenth less than PyTorch's time would
-        leave nothing for copies of blocks. To fetch these ahead gained nothing. Where a machine has
-        no such instruction, products are those of float32, and cannot take half as long as
+        leave nothing for copies of blocks. To fetch these ahead gained a fiftieth. Where a machine
+        has no such instruction, products are those of float32, and cannot take half as long as
         these.""",
     "tiny_autograd": """Functions that compute nothing, six gradients handed to `.grad` and our
         optimizer take {empty} of our {ours}; with kernels without cost that would be {possible},

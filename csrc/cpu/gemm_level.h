@@ -43,11 +43,12 @@ constexpr bool kByColumns = !kManyRegisters;
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
 constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while tiles of A pass
 constexpr int64_t kNear = 8 * 1024;          // numbers of an operand that stays in L1 as it is
-constexpr int64_t kCached = 32 * 1024;       // numbers of all operands of a product that needs no prefetch
+constexpr int64_t kCached = 64 * 1024;       // numbers of all operands of a product that needs no prefetch
 constexpr int64_t kFewRows = 128;            // of A: a copy of B is not repaid by as few
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 constexpr int64_t kLongRun = 256;            // numbers of a row of C, of which a tile's are to stay in L1
 constexpr int64_t kUpdateRun = 512;          // numbers of a row of C that are updated at a time
+constexpr uint64_t kLinesTogether = kManyRegisters ? 16 : 8;  // fetched for one address: no less than a tile has rows
 
 template <class V = Vector>
 TORCHBP_INLINE V load_vector(const void* p) {
@@ -84,9 +85,15 @@ struct Words<float> {
   }
 };
 
+// kLinesTogether lines of memory, `stride` bytes apart.
+struct Lines {
+  const char* first;
+  int64_t stride;
+};
+
 // What multiply_tile computes: to [mr][to_stride] (+)= A B over kc words, with A [mr][a_stride] (by_rows) or
 // [kc][a_stride] and B [kc][b_stride].
-struct TileProduct {
+struct alignas(64) TileProduct {
   int64_t kc = 0;
   bool first = true;  // or there is a sum in `to`
   const Word *a = nullptr, *b = nullptr;
@@ -94,6 +101,8 @@ struct TileProduct {
   int64_t a_stride = 0, b_stride = 0, to_stride = 0;
   const void* bias_of_rows = nullptr;  // to be added in the end, or null
   const PlainSgd* update = nullptr;    // the product is the gradient of what `to` holds, which is updated; or null
+  const Lines* fetch = nullptr;        // lines to be fetched meanwhile, one at each of the first steps
+  uint64_t fetches = 0;                // how many times kLinesTogether
 };
 
 // `to` becomes the sums, or is moved by them.
@@ -113,8 +122,8 @@ TORCHBP_INLINE void store_rows(const TileProduct& t, const V (&sum)[mr][vectors]
     }
 }
 
-// In as many vectors of type V as cover a panel's columns.
-template <class T, class V, int vectors, bool by_rows, int mr>
+// In as many vectors of type V as cover a panel's columns. Where nothing is fetched, no register is kept for it.
+template <class T, class V, int vectors, bool by_rows, bool fetches, int mr>
 void multiply_tile(const TileProduct& t) {
   constexpr int lanes = sizeof(V) / 4;
   V sum[mr][vectors];
@@ -138,6 +147,12 @@ void multiply_tile(const TileProduct& t) {
     b += b_step;
   };
   int64_t k = t.kc;
+  if constexpr (fetches)
+    for (uint64_t l = 0; l < t.fetches * kLinesTogether; ++l, --k) {
+      const Lines& lines = t.fetch[l / kLinesTogether];
+      __builtin_prefetch(lines.first + l % kLinesTogether * lines.stride);
+      step();
+    }
   if constexpr (kByColumns && !by_rows)
     for (; k > 1; k -= 2) {
       step();
@@ -158,13 +173,13 @@ void multiply_tile(const TileProduct& t) {
 
 using MultiplyTile = void (*)(const TileProduct&);
 
-template <class T, class V, int vectors, bool by_rows, int... rows>
+template <class T, class V, int vectors, bool by_rows, bool fetches, int... rows>
 constexpr std::array<MultiplyTile, sizeof...(rows)> tiles_of(std::integer_sequence<int, rows...>) {
-  return {multiply_tile<T, V, vectors, by_rows, rows + 1>...};
+  return {multiply_tile<T, V, vectors, by_rows, fetches, rows + 1>...};
 }
 
-template <class T, class V, int vectors, bool by_rows>
-constexpr auto kMultiply = tiles_of<T, V, vectors, by_rows>(std::make_integer_sequence<int, kTileRows>());
+template <class T, class V, int vectors, bool by_rows, bool fetches = false>
+constexpr auto kMultiply = tiles_of<T, V, vectors, by_rows, fetches>(std::make_integer_sequence<int, kTileRows>());
 
 // Columns that are computed where a panel has `columns`.
 inline int64_t width_of(int64_t columns) { return columns <= kLeast ? kLeast : columns <= kLanes ? kLanes : kPanel; }
@@ -181,6 +196,13 @@ MultiplyTile multiply_for(int64_t rows, int64_t columns, bool by_rows) {
   if (width == kPanel) return by_rows ? kMultiply<T, Vector, 2, true>[i] : kMultiply<T, Vector, 2, false>[i];
   if (width == kLanes) return by_rows ? kMultiply<T, Vector, 1, true>[i] : kMultiply<T, Vector, 1, false>[i];
   return by_rows ? kMultiply<T, Least, 1, true>[i] : kMultiply<T, Least, 1, false>[i];
+}
+
+// The tile of a whole panel that fetches meanwhile.
+template <class T>
+MultiplyTile fetching_multiply_for(int64_t rows, bool by_rows) {
+  const int64_t i = rows - 1;
+  return by_rows ? kMultiply<T, Vector, 2, true, true>[i] : kMultiply<T, Vector, 2, false, true>[i];
 }
 
 // ---- words of elements --------------------------------------------------------------------------------------------
@@ -375,36 +397,92 @@ void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, Word* 
   }
 }
 
-// Fetches part `part` of `parts` of a block of A that copy_a will read next, while a panel is being multiplied.
-template <class T>
-void prefetch_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, int64_t part, int64_t parts) {
-  constexpr int64_t line = 64 / sizeof(T);
-  const BlockOfK<T> block(g.k, k0, kc);
-  const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
-  if (g.a_k == 1) {
-    const int64_t rows = kByColumns ? std::min(kColumnStride, g.m - i) : mr, lines = (block.size + line - 1) / line;
-    for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; ++l)
-      for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(from + r * g.a_i + l * line);
-  } else {
-    for (int64_t k = block.size * part / parts; k < block.size * (part + 1) / parts; ++k)
-      __builtin_prefetch(from + k * g.a_k);
+// ---- memory that is needed soon ------------------------------------------------------------------------------------
+
+// Lines of runs of memory, `stride` bytes apart, which are to be fetched: of as many runs as go together the first line,
+// the second, and so on, and then of the next runs. Lines behind the last run are of no use, and do no harm.
+struct Runs {
+  const char* from = nullptr;
+  int64_t stride = 0, lines = 0;  // of a run
+  int64_t next = 0, end = 0;      // in kLinesTogether lines
+
+  Runs() = default;
+  template <class T>
+  Runs(const T* from, int64_t stride, int64_t runs, int64_t numbers)
+      : from(reinterpret_cast<const char*>(from)),
+        stride(stride * static_cast<int64_t>(sizeof(T))),
+        lines((numbers * static_cast<int64_t>(sizeof(T)) + 63) / 64),
+        end((runs + kTogether - 1) / kTogether * lines) {}
+
+  // One of `shares` of about the same size.
+  Runs share(int64_t i, int64_t shares) const {
+    Runs r = *this;
+    r.next = end * i / shares;
+    r.end = end * (i + 1) / shares;
+    return r;
   }
+
+  Lines take() {
+    const int64_t i = next++;
+    return {from + i / lines * kTogether * stride + i % lines * 64, stride};
+  }
+
+private:
+  static constexpr int64_t kTogether = kLinesTogether;
+};
+
+// What copy_a and copy_b will read of the block of K that begins with word k0.
+template <class T>
+__attribute__((noinline)) Runs runs_of_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0) {
+  const BlockOfK<T> block(g.k, k0, kBlock);
+  const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
+  return g.a_k == 1 ? Runs(from, g.a_i, mr, block.size) : Runs(from, g.a_k, block.size, mr);
 }
+template <class T>
+__attribute__((noinline)) Runs runs_of_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0) {
+  const BlockOfK<T> block(g.k, k0, kBlock);
+  const T* const from = static_cast<const T*>(g.b) + block.begin * g.b_k + begin * kPanel * g.b_j;
+  const int64_t columns = std::min(end * kPanel, g.n) - begin * kPanel;
+  return g.b_k == 1 ? Runs(from, g.b_j, columns, block.size) : Runs(from, g.b_k, block.size, columns);
+}
+
+// What is fetched while the tiles of a row are multiplied, a line at a step: hundreds of lines at once are more than a core
+// can wait for, and would hold up those of the panel. Where operands are in L3, copies of A took an eighth of a product
+// with 128 columns, and hardly anything so. Out of line, as products that are in the caches want gemm_run's registers.
+struct Fetches {
+  Lines lines[kBlock / kLinesTogether];
+  int64_t size = 0, most = 0;
+  Runs next_a, next_b;  // of the next tile of A, and a share of the next block of B
+
+  // With a tile of `steps` steps: what it needs itself in the end, and of the rest what is left of these steps. What they
+  // do not suffice for is fetched at once, of the rest before the row ends.
+  __attribute__((noinline)) void with_tile(const Gemm& g, bool updates, int64_t i, int64_t j, int64_t mr, int64_t steps,
+                                           bool last) {
+    size = 0, most = steps / static_cast<int64_t>(kLinesTogether);
+    for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1}) {
+      if (!updates || !p) continue;
+      Runs runs(p + i * g.c_i + j, g.c_i, mr, kPanel);
+      add(runs, true);
+    }
+    add(next_a, last);
+    add(next_b, last);
+  }
+
+private:
+  void add(Runs& runs, bool all) {
+    while (runs.next < runs.end && size < most) lines[size++] = runs.take();
+    while (runs.next < runs.end && all) {
+      const Lines at_once = runs.take();
+      for (uint64_t l = 0; l < kLinesTogether; ++l) __builtin_prefetch(at_once.first + l * at_once.stride);
+    }
+  }
+};
 
 // ---- what follows the product -------------------------------------------------------------------------------------
 
 template <class F>
 void each_row(const Gemm& g, int64_t i, int64_t j, int64_t mr, const F& f) {
   for (int64_t r = 0; r < mr; ++r) f(r * kPanel, (i + r) * g.c_i + j * g.c_j);
-}
-
-// Fetches what an update of the tile will read.
-inline void prefetch_update(const Gemm& g, int64_t i, int64_t j, int64_t mr) {
-  constexpr int64_t line = 16;
-  each_row(g, i, j, mr, [&](int64_t, int64_t at) {
-    for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1})
-      for (int64_t c = 0; p && c < kPanel; c += line) __builtin_prefetch(p + at + c, 1);
-  });
 }
 
 template <class T>
@@ -530,6 +608,7 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
   float* const copy = scratch.at_least(kCopy + copied + rows_of_tiles * (apart ? together : 1) * tile_size);
   float* const panels = copy + kCopy;
   float* const unfinished = panels + copied;
+  Fetches fetches;
   for (int64_t p0 = begin; p0 < end; p0 += together) {
     const int64_t p1 = std::min(end, p0 + together), width = p1 - p0;
     // Functions want rows that are one run.
@@ -545,11 +624,19 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
           if (!a_in_place) copy_a<T>(g, i, mr, k0, kc, copy);
-          const bool turn = t + 1 == t1;  // to the next block of K
-          const int64_t next_i = row_of(turn ? t0 : t + 1), next_k = turn ? k0 + kBlock : k0;
+          if (!in_cache) {
+            // After this row comes one of the same block of K, the next block, or the first one: of further rows, or panels.
+            const bool turn = t + 1 == t1, is_complete = last && t1 == tiles;
+            const int64_t next_p0 = is_complete ? p1 : p0, next_p1 = std::min(end, next_p0 + together);
+            const int64_t next_t = !turn ? t + 1 : !last ? t0 : is_complete ? 0 : t1, next_k = last ? 0 : k0 + kBlock;
+            const bool ends = next_p0 == end;
+            fetches.next_a = turn && ends ? Runs() : runs_of_a<T>(g, row_of(next_t), mr, turn ? next_k : k0);
+            fetches.next_b =
+                b_in_place || ends ? Runs() : runs_of_b<T>(g, next_p0, next_p1, next_k).share(t - t0, t1 - t0);
+          }
           float* const row_of_tiles = unfinished + (one_block ? 0 : t - t0) * width * tile_size;
           float* const row_of_c = lies_in_c ? static_cast<float*>(g.z ? g.z : g.c) + i * g.c_i : nullptr;
-          TileProduct product{.kc = kc, .first = k0 == 0};
+          TileProduct product{.kc = kc, .first = k0 == 0, .fetch = fetches.lines};
           product.a = a_in_place ? static_cast<const Word*>(g.a) + i * g.a_i + k0 * g.a_k : copy;
           product.a_stride = a_in_place ? (by_rows ? g.a_i : g.a_k) : by_rows ? kRowStride : kColumnStride;
           product.b_stride = b_in_place ? g.b_k : kPanel;
@@ -559,15 +646,18 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
             const int64_t column = p * kPanel, nr = std::min<int64_t>(kPanel, g.n - column);
             const bool direct = lies_in_c && is_full(nr);
             float* const tile = row_of_tiles + (p - p0) * apart;
-            if (!in_cache && g.update && last) prefetch_update(g, i, column, mr);
-            if (!in_cache && next_k < all)
-              prefetch_a<T>(g, next_i, mr, next_k, std::min(kBlock, all - next_k), p - p0, width);
+            MultiplyTile multiply = nr == kPanel ? multiply_whole : multiply_for<T>(mr, nr, by_rows);
+            if (!in_cache) {
+              fetches.with_tile(g, g.update && last, i, column, mr, nr == kPanel ? kc : 0, p + 1 == p1);
+              product.fetches = fetches.size;
+              if (fetches.size > 0) multiply = fetching_multiply_for<T>(mr, by_rows);
+            }
             product.b =
                 b_in_place ? static_cast<const Word*>(g.b) + k0 * g.b_k + column : panels + (p - p0) * kc * kPanel;
             product.to = direct ? row_of_c + column : tile;
             product.to_stride = direct ? g.c_i : in_rows ? width * kPanel : kPanel;
             product.update = direct && g.update ? &plain : nullptr;
-            (nr == kPanel ? multiply_whole : multiply_for<T>(mr, nr, by_rows))(product);
+            multiply(product);
             if (last && !direct && !in_rows) finish_tile<T>(g, i, column, mr, nr, tile);
           }
           if (last && in_rows) update_rows(g, i, p0 * kPanel, mr, columns, row_of_tiles, width * kPanel);

@@ -48,7 +48,7 @@ constexpr int64_t kFewRows = 128;            // of A: a copy of B is not repaid 
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 constexpr int64_t kLongRun = 256;            // numbers of a row of C, of which a tile's are to stay in L1
 constexpr int64_t kUpdateRun = 512;          // numbers of a row of C that are updated at a time
-constexpr uint64_t kLinesTogether = kManyRegisters ? 16 : 8;  // fetched for one address: no less than a tile has rows
+constexpr int64_t kLinesTogether = kManyRegisters ? 16 : 8;  // fetched for one address: no less than a tile has rows
 
 template <class V = Vector>
 TORCHBP_INLINE V load_vector(const void* p) {
@@ -102,7 +102,7 @@ struct alignas(64) TileProduct {
   const void* bias_of_rows = nullptr;  // to be added in the end, or null
   const PlainSgd* update = nullptr;    // the product is the gradient of what `to` holds, which is updated; or null
   const Lines* fetch = nullptr;        // lines to be fetched meanwhile, one at each of the first steps
-  uint64_t fetches = 0;                // how many times kLinesTogether
+  int64_t fetches = 0;                 // how many times kLinesTogether
 };
 
 // `to` becomes the sums, or is moved by them.
@@ -148,7 +148,7 @@ void multiply_tile(const TileProduct& t) {
   };
   int64_t k = t.kc;
   if constexpr (fetches)
-    for (uint64_t l = 0; l < t.fetches * kLinesTogether; ++l, --k) {
+    for (uint64_t l = 0, all = t.fetches * kLinesTogether; l < all; ++l, --k) {  // unsigned: quotients are shifts
       const Lines& lines = t.fetch[l / kLinesTogether];
       __builtin_prefetch(lines.first + l % kLinesTogether * lines.stride);
       step();
@@ -412,7 +412,7 @@ struct Runs {
       : from(reinterpret_cast<const char*>(from)),
         stride(stride * static_cast<int64_t>(sizeof(T))),
         lines((numbers * static_cast<int64_t>(sizeof(T)) + 63) / 64),
-        end((runs + kTogether - 1) / kTogether * lines) {}
+        end((runs + kLinesTogether - 1) / kLinesTogether * lines) {}
 
   // One of `shares` of about the same size.
   Runs share(int64_t i, int64_t shares) const {
@@ -424,11 +424,8 @@ struct Runs {
 
   Lines take() {
     const int64_t i = next++;
-    return {from + i / lines * kTogether * stride + i % lines * 64, stride};
+    return {from + i / lines * kLinesTogether * stride + i % lines * 64, stride};
   }
-
-private:
-  static constexpr int64_t kTogether = kLinesTogether;
 };
 
 // What copy_a and copy_b will read of the block of K that begins with word k0.
@@ -458,7 +455,7 @@ struct Fetches {
   // do not suffice for is fetched at once, of the rest before the row ends.
   __attribute__((noinline)) void with_tile(const Gemm& g, bool updates, int64_t i, int64_t j, int64_t mr, int64_t steps,
                                            bool last) {
-    size = 0, most = steps / static_cast<int64_t>(kLinesTogether);
+    size = 0, most = steps / kLinesTogether;
     for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1}) {
       if (!updates || !p) continue;
       Runs runs(p + i * g.c_i + j, g.c_i, mr, kPanel);
@@ -473,7 +470,7 @@ private:
     while (runs.next < runs.end && size < most) lines[size++] = runs.take();
     while (runs.next < runs.end && all) {
       const Lines at_once = runs.take();
-      for (uint64_t l = 0; l < kLinesTogether; ++l) __builtin_prefetch(at_once.first + l * at_once.stride);
+      for (int64_t l = 0; l < kLinesTogether; ++l) __builtin_prefetch(at_once.first + l * at_once.stride);
     }
   }
 };

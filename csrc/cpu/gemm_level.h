@@ -43,12 +43,13 @@ constexpr bool kByColumns = !kManyRegisters;
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
 constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while tiles of A pass
 constexpr int64_t kNear = 8 * 1024;          // numbers of an operand that stays in L1 as it is
-constexpr int64_t kCached = 64 * 1024;       // numbers of all operands of a product that needs no prefetch
 constexpr int64_t kFewRows = 128;            // of A: a copy of B is not repaid by as few
 constexpr int64_t kHeld = 72 * 1024;         // numbers of unfinished C that are to stay in L2
 constexpr int64_t kLongRun = 256;            // numbers of a row of C, of which a tile's are to stay in L1
 constexpr int64_t kUpdateRun = 512;          // numbers of a row of C that are updated at a time
+constexpr int64_t kCached = (kManyRegisters ? 64 : 1024) * 1024;  // numbers of a product for which nothing is fetched
 constexpr int64_t kLinesTogether = kManyRegisters ? 16 : 8;  // fetched for one address: no less than a tile has rows
+constexpr int kStepsOfLine = kManyRegisters ? 1 : 2;         // steps of a tile for each line that it fetches
 
 template <class V = Vector>
 TORCHBP_INLINE V load_vector(const void* p) {
@@ -92,17 +93,18 @@ struct Lines {
 };
 
 // What multiply_tile computes: to [mr][to_stride] (+)= A B over kc words, with A [mr][a_stride] (by_rows) or
-// [kc][a_stride] and B [kc][b_stride].
-struct alignas(64) TileProduct {
-  int64_t kc = 0;
-  bool first = true;  // or there is a sum in `to`
-  const Word *a = nullptr, *b = nullptr;
-  float* to = nullptr;
-  int64_t a_stride = 0, b_stride = 0, to_stride = 0;
-  const void* bias_of_rows = nullptr;  // to be added in the end, or null
-  const PlainSgd* update = nullptr;    // the product is the gradient of what `to` holds, which is updated; or null
-  const Lines* fetch = nullptr;        // lines to be fetched meanwhile, one at each of the first steps
-  int64_t fetches = 0;                 // how many times kLinesTogether
+// [kc][a_stride] and B [kc][b_stride]. Members begin without values: to clear them, g++ calls on microcode, which takes
+// a twentieth of a step of a small network.
+struct TileProduct {
+  int64_t kc;
+  bool first;  // or there is a sum in `to`
+  const Word *a, *b;
+  float* to;
+  int64_t a_stride, b_stride, to_stride;
+  const void* bias_of_rows;  // to be added in the end, or null
+  const PlainSgd* update;    // the product is the gradient of what `to` holds, which is updated; or null
+  const Lines* fetch;        // lines to be fetched meanwhile, from the first steps on
+  int64_t fetches;           // how many times kLinesTogether
 };
 
 // `to` becomes the sums, or is moved by them.
@@ -148,10 +150,12 @@ void multiply_tile(const TileProduct& t) {
   };
   int64_t k = t.kc;
   if constexpr (fetches)
-    for (uint64_t l = 0, all = t.fetches * kLinesTogether; l < all; ++l, --k) {  // unsigned: quotients are shifts
+    for (uint64_t l = 0, all = t.fetches * kLinesTogether; l < all; ++l) {  // unsigned: quotients are shifts
       const Lines& lines = t.fetch[l / kLinesTogether];
       __builtin_prefetch(lines.first + l % kLinesTogether * lines.stride);
-      step();
+#pragma GCC unroll 2
+      for (int s = 0; s < kStepsOfLine; ++s) step();
+      k -= kStepsOfLine;
     }
   if constexpr (kByColumns && !by_rows)
     for (; k > 1; k -= 2) {
@@ -402,50 +406,60 @@ void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, Word* 
 // Lines of runs of memory, `stride` bytes apart, which are to be fetched: of as many runs as go together the first line,
 // the second, and so on, and then of the next runs. Lines behind the last run are of no use, and do no harm.
 struct Runs {
-  const char* from = nullptr;
+  const char* next = nullptr;
   int64_t stride = 0, lines = 0;  // of a run
-  int64_t next = 0, end = 0;      // in kLinesTogether lines
+  int64_t line = 0;               // of the run, that is next
+  int64_t left = 0;               // in kLinesTogether lines
 
   Runs() = default;
   template <class T>
   Runs(const T* from, int64_t stride, int64_t runs, int64_t numbers)
-      : from(reinterpret_cast<const char*>(from)),
+      : next(reinterpret_cast<const char*>(from)),
         stride(stride * static_cast<int64_t>(sizeof(T))),
         lines((numbers * static_cast<int64_t>(sizeof(T)) + 63) / 64),
-        end((runs + kLinesTogether - 1) / kLinesTogether * lines) {}
+        left((runs + kLinesTogether - 1) / kLinesTogether * lines) {}
 
   // One of `shares` of about the same size.
   Runs share(int64_t i, int64_t shares) const {
     Runs r = *this;
-    r.next = end * i / shares;
-    r.end = end * (i + 1) / shares;
+    const int64_t begin = left * i / shares, end = left * (i + 1) / shares;
+    r.line = begin % lines;
+    r.next += begin / lines * kLinesTogether * stride + r.line * 64;
+    r.left = end - begin;
     return r;
   }
 
   Lines take() {
-    const int64_t i = next++;
-    return {from + i / lines * kLinesTogether * stride + i % lines * 64, stride};
+    const Lines taken{next, stride};
+    next += 64;
+    if (++line == lines) {
+      next += kLinesTogether * stride - lines * 64;
+      line = 0;
+    }
+    --left;
+    return taken;
   }
 };
 
 // What copy_a and copy_b will read of the block of K that begins with word k0.
 template <class T>
-__attribute__((noinline)) Runs runs_of_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0) {
+Runs runs_of_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0) {
   const BlockOfK<T> block(g.k, k0, kBlock);
   const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
   return g.a_k == 1 ? Runs(from, g.a_i, mr, block.size) : Runs(from, g.a_k, block.size, mr);
 }
 template <class T>
-__attribute__((noinline)) Runs runs_of_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0) {
+Runs runs_of_b(const Gemm& g, int64_t begin, int64_t end, int64_t k0) {
   const BlockOfK<T> block(g.k, k0, kBlock);
   const T* const from = static_cast<const T*>(g.b) + block.begin * g.b_k + begin * kPanel * g.b_j;
   const int64_t columns = std::min(end * kPanel, g.n) - begin * kPanel;
   return g.b_k == 1 ? Runs(from, g.b_j, columns, block.size) : Runs(from, g.b_k, block.size, columns);
 }
 
-// What is fetched while the tiles of a row are multiplied, a line at a step: hundreds of lines at once are more than a core
-// can wait for, and would hold up those of the panel. Where operands are in L3, copies of A took an eighth of a product
-// with 128 columns, and hardly anything so. Out of line, as products that are in the caches want gemm_run's registers.
+// What is fetched while the tiles of a row are multiplied, line by line: hundreds of lines at once are more than a core
+// can wait for, and would hold up those of the panel. On Zen 4, copies of an A that is in L3 took an eighth of a product
+// with 128 columns, and hardly anything so. On Zen 3, with AVX2, products of over 4 MB gain, up to a tenth; others would
+// lose a twentieth, as there are five times as many tiles to find lines for.
 struct Fetches {
   Lines lines[kBlock / kLinesTogether];
   int64_t size = 0, most = 0;
@@ -453,22 +467,22 @@ struct Fetches {
 
   // With a tile of `steps` steps: what it needs itself in the end, and of the rest what is left of these steps. What they
   // do not suffice for is fetched at once, of the rest before the row ends.
-  __attribute__((noinline)) void with_tile(const Gemm& g, bool updates, int64_t i, int64_t j, int64_t mr, int64_t steps,
-                                           bool last) {
-    size = 0, most = steps / kLinesTogether;
-    for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1}) {
-      if (!updates || !p) continue;
-      Runs runs(p + i * g.c_i + j, g.c_i, mr, kPanel);
-      add(runs, true);
-    }
+  void with_tile(const Gemm& g, bool updates, int64_t i, int64_t j, int64_t mr, int64_t steps, bool last) {
+    size = 0, most = steps / (kLinesTogether * kStepsOfLine);
+    if (updates)
+      for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1}) {
+        if (!p) continue;
+        Runs runs(p + i * g.c_i + j, g.c_i, mr, kPanel);
+        add(runs, true);
+      }
     add(next_a, last);
     add(next_b, last);
   }
 
 private:
   void add(Runs& runs, bool all) {
-    while (runs.next < runs.end && size < most) lines[size++] = runs.take();
-    while (runs.next < runs.end && all) {
+    while (runs.left > 0 && size < most) lines[size++] = runs.take();
+    while (runs.left > 0 && all) {
       const Lines at_once = runs.take();
       for (int64_t l = 0; l < kLinesTogether; ++l) __builtin_prefetch(at_once.first + l * at_once.stride);
     }
@@ -575,14 +589,13 @@ void finish_tile(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t nr, fl
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-template <class T>
-void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
-  if (i_begin >= i_end || begin >= end) return;
+// In a function of its own where nothing is fetched: small products want the registers.
+template <class T, bool fetching>
+void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   const int64_t all = words<T>(g.k);
   const bool a_in_place = reads_a_in_place<T>(g, end - begin);
   const bool by_rows = g.a_k == 1 && (a_in_place ? g.a_i != 1 : !kByColumns);
   const bool b_in_place = reads_b_in_place<T>(g, i_end - i_begin), one_block = all <= kBlock;
-  const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
   const int64_t deepest = std::min(kBlock, std::max<int64_t>(all, 1));
   const bool in_c = tiles_in_c<T>(g), has_function = g.activation || g.gradient;
   // Tiles of gradients side by side make up rows, which are updated when they are complete. Tile by tile an update would
@@ -605,7 +618,7 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
   float* const copy = scratch.at_least(kCopy + copied + rows_of_tiles * (apart ? together : 1) * tile_size);
   float* const panels = copy + kCopy;
   float* const unfinished = panels + copied;
-  Fetches fetches;
+  [[maybe_unused]] Fetches fetches;
   for (int64_t p0 = begin; p0 < end; p0 += together) {
     const int64_t p1 = std::min(end, p0 + together), width = p1 - p0;
     // Functions want rows that are one run.
@@ -621,19 +634,23 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
           if (!a_in_place) copy_a<T>(g, i, mr, k0, kc, copy);
-          if (!in_cache) {
+          if constexpr (fetching) {
             // After this row comes one of the same block of K, the next block, or the first one: of further rows, or panels.
             const bool turn = t + 1 == t1, is_complete = last && t1 == tiles;
             const int64_t next_p0 = is_complete ? p1 : p0, next_p1 = std::min(end, next_p0 + together);
             const int64_t next_t = !turn ? t + 1 : !last ? t0 : is_complete ? 0 : t1, next_k = last ? 0 : k0 + kBlock;
             const bool ends = next_p0 == end;
-            fetches.next_a = turn && ends ? Runs() : runs_of_a<T>(g, row_of(next_t), mr, turn ? next_k : k0);
+            // Lines of A's columns hold more than a tile of few rows, so that the last copy has read them too.
+            const bool is_near = !kManyRegisters && g.a_i == 1;
+            fetches.next_a =
+                is_near || (turn && ends) ? Runs() : runs_of_a<T>(g, row_of(next_t), mr, turn ? next_k : k0);
             fetches.next_b =
                 b_in_place || ends ? Runs() : runs_of_b<T>(g, next_p0, next_p1, next_k).share(t - t0, t1 - t0);
           }
           float* const row_of_tiles = unfinished + (one_block ? 0 : t - t0) * width * tile_size;
           float* const row_of_c = lies_in_c ? static_cast<float*>(g.z ? g.z : g.c) + i * g.c_i : nullptr;
-          TileProduct product{.kc = kc, .first = k0 == 0, .fetch = fetches.lines};
+          TileProduct product;
+          product.kc = kc, product.first = k0 == 0, product.fetch = fetches.lines;
           product.a = a_in_place ? static_cast<const Word*>(g.a) + i * g.a_i + k0 * g.a_k : copy;
           product.a_stride = a_in_place ? (by_rows ? g.a_i : g.a_k) : by_rows ? kRowStride : kColumnStride;
           product.b_stride = b_in_place ? g.b_k : kPanel;
@@ -644,7 +661,7 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
             const bool direct = lies_in_c && is_full(nr);
             float* const tile = row_of_tiles + (p - p0) * apart;
             MultiplyTile multiply = nr == kPanel ? multiply_whole : multiply_for<T>(mr, nr, by_rows);
-            if (!in_cache) {
+            if constexpr (fetching) {
               fetches.with_tile(g, g.update && last, i, column, mr, nr == kPanel ? kc : 0, p + 1 == p1);
               product.fetches = fetches.size;
               if (fetches.size > 0) multiply = fetching_multiply_for<T>(mr, by_rows);
@@ -663,6 +680,13 @@ void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int6
       }
     }
   }
+}
+
+template <class T>
+void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
+  if (i_begin >= i_end || begin >= end) return;
+  const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
+  (in_cache ? multiply_blocks<T, false> : multiply_blocks<T, true>)(g, i_begin, i_end, begin, end, scratch);
 }
 
 // ---- sums over the examples ----------------------------------------------------------------------------------------

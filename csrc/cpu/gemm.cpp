@@ -99,7 +99,9 @@ void gemm(const Gemm& g) {
   const auto [down, across] = grid_of(g, kernels, panels, threads);
   for_parts(down * across, [&, down = down, across = across](int64_t part) {
     const int64_t d = part % down, a = part / down;
-    kernels.run(g, g.m * d / down, g.m * (d + 1) / down, panels * a / across, panels * (a + 1) / across, of_thread);
+    Gemm own = g;
+    own.b = static_cast<const char*>(g.b) + part % g.b_copies * g.b_apart;
+    kernels.run(own, g.m * d / down, g.m * (d + 1) / down, panels * a / across, panels * (a + 1) / across, of_thread);
   });
 }
 

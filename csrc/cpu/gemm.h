@@ -19,6 +19,7 @@ struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   const void *a = nullptr, *b = nullptr;
   int64_t a_i = 0, a_k = 0, b_k = 0, b_j = 0;
+  int64_t b_copies = 1, b_apart = 0;  // of B, and bytes from one to the next: each thread reads its own
   void* c = nullptr;
   int64_t c_i = 0, c_j = 0;
   bool of_parameter = false;  // C is a parameter's gradient, or the parameter itself
@@ -35,12 +36,13 @@ struct Gemm {
   float *state0 = nullptr, *state1 = nullptr;
 };
 
-// Element (i, j) is data[i * row + j * column].
+// Element (i, j) is data[i * row + j * column]. A second factor may lie there more than once, as Gemm says of B.
 struct Matrix {
   void* data = nullptr;
   int64_t row = 0, column = 0;
   DtypeIndex dtype = kFloat32;
-  Matrix transposed() const { return {data, column, row, dtype}; }
+  int64_t copies = 1, apart = 0;
+  Matrix transposed() const { return {data, column, row, dtype, copies, apart}; }
 };
 
 // C [m, n] = A [m, k] B [k, n], to be completed with what follows it.
@@ -50,6 +52,7 @@ inline Gemm product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix 
   g.m = m, g.n = n, g.k = k;
   g.a = a.data, g.a_i = a.row, g.a_k = a.column;
   g.b = b.data, g.b_k = b.row, g.b_j = b.column;
+  g.b_copies = b.copies, g.b_apart = b.apart;
   g.c = c.data, g.c_i = c.row, g.c_j = c.column;
   return g;
 }

@@ -21,6 +21,9 @@ namespace {
 // Below this many multiplications a call is over before a team would have come together (70 us).
 constexpr double kAlone = 1 << 22;
 
+// Numbers of the copies of a batch, which are to stay in the caches.
+constexpr int64_t kCopies = 4 << 20;
+
 class Trainer : public TrainerBase {
 public:
   Trainer(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<Tensor>& state,
@@ -45,8 +48,8 @@ public:
     return 3 * sum * static_cast<double>(n);
   }
 
-  // To be called before the first of some steps with n examples each. batch: whether batch() is wanted.
-  void prepare(int64_t n, bool batch = false) {
+  // To be called before the first of some steps with n examples each. copies: how many batch() is to have room for.
+  void prepare(int64_t n, int64_t copies = 0) {
     locate();
     for (const Trained& t : trained_) {
       Layer& layer = net_.layers[t.layer];
@@ -59,8 +62,9 @@ public:
       for (int s = 0; s < 2; ++s)
         (t.is_weight ? g.state_weight : g.state_bias)[s] = static_cast<float*>(updated.state[s]);
     }
-    if (scratch_ && n == net_.n && (batch_ || !batch)) return;
+    if (scratch_ && n == net_.n && copies <= copies_) return;
     net_.n = n;
+    copies_ = copies;
     size_t used = 0;
     const auto lay_out = [&](float* base) {
       used = 0;
@@ -78,7 +82,7 @@ public:
       logits_ = take(logits);
       grad_logits_ = take(logits);
       scratch_ = take(scratch_size(net_));
-      batch_ = batch ? take(n * in_features()) : nullptr;
+      batch_ = take(copies * n * in_features());
     };
     lay_out(nullptr);
     lay_out(memory_.at_least(used));
@@ -115,6 +119,7 @@ private:
   std::vector<Gradients> gradients_;
   SoftmaxCE ce_;
   float *logits_ = nullptr, *grad_logits_ = nullptr, *scratch_ = nullptr, *batch_ = nullptr;
+  int64_t copies_ = 0;
   Scratch memory_;
 };
 
@@ -163,14 +168,19 @@ Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std:
   const int64_t n = all.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
   const bool each = trainer->check_hyper(hyper, count);
   const Tensor losses = empty({count}, ScalarType::Float, opened->images);
+  // A batch for each thread, made by it: each reads all of the batch, twice, and what another core has just written takes
+  // longer to read than to make. So an epoch of CIFAR-10 takes 0.97 of the time on two cores with a cache in common, and
+  // 0.94 on two without.
+  const int64_t most = thread_count() * std::min(batch_size, n) * features <= kCopies ? thread_count() : 1;
   on_team_in_rounds(count, [&](int64_t s) {
-    const int64_t first = s * batch_size;
+    const int64_t first = s * batch_size, copies = std::min(most, thread_count());
     Batch batch = all.rows(first, std::min(first + batch_size, n));
-    if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, true);
+    if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, most);
     batch.out = trainer->batch();
-    Cpu::batch(batch);
-    floats_of(losses)[s] =
-        trainer->step({trainer->batch(), features, 1}, target + first, trainer->rows_of_step(hyper, each, s));
+    Cpu::batch(batch, copies);
+    const int64_t apart = batch.n * features * static_cast<int64_t>(sizeof(float));
+    floats_of(losses)[s] = trainer->step({trainer->batch(), features, 1, kFloat32, copies, apart}, target + first,
+                                         trainer->rows_of_step(hyper, each, s));
   });
   return losses;
 }

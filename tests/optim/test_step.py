@@ -668,6 +668,30 @@ def test_a_team_of_any_size_gives_the_same(threads: Callable[[int], None], steps
         assert_same(results[0], other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [128, 150])
+@pytest.mark.parametrize("size", [8, 64])
+def test_an_epoch_on_any_number_of_threads_is_the_same(
+    threads: Callable[[int], None], size: int, count: int
+) -> None:
+    """Each thread makes a batch of its own, or all make one where eight would be 25 MB: more memory
+    with more threads, and less for a last batch that is smaller."""
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    data = SimpleNamespace(images=images, targets=torch.randint(0, 10, (count,)))
+    start = nn.MLP([3 * size * size, 64, 10])
+    results = []
+    for numbers in ([1, 1, 1, 1], [1, 2, 3, 8], [8, 3, 2, 1]):
+        loader = BatchLoader(data, batch_size=64, flip=True, shift=1)
+        model = copy.deepcopy(start)
+        step = compile_step(model, optimizer_of(model, lr=0.01))
+        losses = []
+        for number in numbers:
+            threads(number)
+            losses.append(step.epoch(loader))
+        results.append([torch.cat(losses), *everything(model, step.optimizer)])
+    for other in results[1:]:
+        assert_same(results[0], other, rtol=0, atol=0)
+
+
 def test_an_error_dismisses_the_team(threads: Callable[[int], None]) -> None:
     threads(2)
     (xs, targets), start = wide_batches(30), nn.MLP([100, 160, 160, 10])

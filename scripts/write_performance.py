@@ -82,12 +82,13 @@ REASONS = {
         are read twice, momenta once, and both are written, 31 MB a step. What that takes depends
         on where the host of this virtual machine has its two cores, which it moves every few
         seconds: where they share no cache, a message from one to the other takes four times as
-        long, and an epoch a sixth longer, as half of each batch, of the activations and of their
-        gradients is written by one thread and read by the other. So were the weights, and an epoch
-        took half as long again, until a layer and its gradient were both divided by rows of the
-        weights. Huge pages behind weights and momenta gained no more than 2 %. Fetched ahead a line
-        at each step of a tile, and not all before it, they took a tenth off the first layer, and a
-        sixth off its gradient and update.""",
+        long, and an epoch longer, as half of the activations and of their gradients is written by
+        one thread and read by the other. So was each batch, which cost 3 to 6 % on AVX2, until each
+        thread made it for itself; and so were the weights, and an epoch took half as long again,
+        until a layer and its gradient were both divided by rows of the weights. Huge pages behind
+        weights and momenta gained no more than 2 %. Fetched ahead a line at each step of a tile,
+        and not all before it, they took a tenth off the first layer, and a sixth off its gradient
+        and update.""",
     "linear_relu_bf16": """All but a few per cent of the time is in the three matrix products: the
         floor is {floor} of our {ours}, and PyTorch takes {at_floor} as long as it. On Zen 4
         PyTorch's reach 91 to 95 % of what the instruction for pairs of bfloat16 gives, and ours, in

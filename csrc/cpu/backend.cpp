@@ -269,14 +269,14 @@ void Cpu::update(const std::vector<Parameter>& parameters) {
   for_ranges(total, total > kGrain && overlap(parameters) ? total : kGrain, run);
 }
 
-void Cpu::batch(const Batch& batch, int64_t copies) {
+void Cpu::batch(const Batch& batch, int64_t copies, int64_t apart) {
   const auto fill = level().batch[dtype_index(batch.dtype)];
-  const int64_t features = batch.channels * batch.height * batch.width;
   if (copies == 1)
-    return for_ranges(batch.n, row_grain(features), [&](int64_t begin, int64_t end) { fill(batch, begin, end); });
+    return for_ranges(batch.n, row_grain(batch.channels * batch.height * batch.width),
+                      [&](int64_t begin, int64_t end) { fill(batch, begin, end); });
   for_parts(copies, [&](int64_t i) {
     Batch copy = batch;
-    copy.out = static_cast<char*>(batch.out) + i * batch.n * features * element_size(dtype_index(batch.dtype));
+    copy.out = static_cast<char*>(batch.out) + i * apart;
     fill(copy, 0, copy.n);
   });
 }

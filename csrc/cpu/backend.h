@@ -58,8 +58,8 @@ struct Cpu {
   static void check_update(const std::vector<Parameter>&) {}
   // One step for all parameters, in one pass over their memory.
   static void update(const std::vector<Parameter>& parameters);
-  // Fills batch.out; where there is to be more than one copy, one after the other, each by a thread of its own.
-  static void batch(const Batch& batch, int64_t copies = 1);
+  // Fills batch.out; or as many copies, `apart` bytes from one to the next, each by a thread of its own.
+  static void batch(const Batch& batch, int64_t copies = 1, int64_t apart = 0);
 };
 
 // The level in use: "baseline", "avx2" or "avx512". TORCHBP_CPU forces one; it is read once.

@@ -4,7 +4,7 @@
 // The library's GEMM reaches 85 % of what multiply-adds alone reach on a core of Zen 4, and costs microseconds a call;
 // this one reaches 91 % and costs none, which is most of the difference for small networks and a tenth for large ones.
 // With AVX2, on Zen 3, both reach 80 %. It works as BLIS does: B in panels of a few vectors, A in tiles of as many rows
-// as there are registers, K in blocks that fit the caches; and fetches what comes next, a line at each step of a tile.
+// as there are registers, K in blocks that fit the caches; and where they do not, it fetches what comes next during a tile.
 // Every element of C is one sum over k in one order: the result depends neither on threads nor on tiles.
 #pragma once
 

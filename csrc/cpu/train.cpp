@@ -168,17 +168,17 @@ Tensor epoch(int64_t number, int64_t images, int64_t begin, bool drop_last, std:
   const int64_t n = all.n, count = drop_last ? n / batch_size : (n + batch_size - 1) / batch_size;
   const bool each = trainer->check_hyper(hyper, count);
   const Tensor losses = empty({count}, ScalarType::Float, opened->images);
-  // A batch for each thread, made by it: each reads all of the batch, twice, and what another core has just written takes
-  // longer to read than to make. So an epoch of CIFAR-10 takes 0.97 of the time on two cores with a cache in common, and
-  // 0.94 on two without.
-  const int64_t most = thread_count() * std::min(batch_size, n) * features <= kCopies ? thread_count() : 1;
+  // A batch for each thread, made by it: each reads all of the batch, twice, and what another core has just written
+  // takes longer to read than to make. So an epoch of CIFAR-10 takes 0.97 of the time on two cores with a cache in
+  // common, and 0.94 on two without.
+  const int64_t threads = thread_count(), most = threads * std::min(batch_size, n) * features <= kCopies ? threads : 1;
   on_team_in_rounds(count, [&](int64_t s) {
     const int64_t first = s * batch_size, copies = std::min(most, thread_count());
     Batch batch = all.rows(first, std::min(first + batch_size, n));
     if (s == 0 || batch.n != batch_size) trainer->prepare(batch.n, most);
     batch.out = trainer->batch();
-    Cpu::batch(batch, copies);
     const int64_t apart = batch.n * features * static_cast<int64_t>(sizeof(float));
+    Cpu::batch(batch, copies, apart);
     floats_of(losses)[s] = trainer->step({trainer->batch(), features, 1, kFloat32, copies, apart}, target + first,
                                          trainer->rows_of_step(hyper, each, s));
   });

@@ -8,42 +8,44 @@ namespace torchbp::TORCHBP_LEVEL {
 
 constexpr int kPixels = 16;  // that are worked on at once
 
-// Eight bytes, one after the other or backwards, as numbers. For AVX2, widened step by step: left to itself g++ takes the
-// bytes apart one by one there, at more than twice the time.
+#if TORCHBP_VECTOR == 32
+// Eight bytes, one after the other or backwards, as numbers. For AVX2, in the one instruction that it has for this: left
+// to itself g++ takes the bytes apart one by one, and vectors that are widened step by step it takes apart in halves.
 template <class C, bool backwards>
 TORCHBP_INLINE void eight_pixels(const uint8_t* from, C scale, C offset, C* to) {
-  typedef uint8_t Bytes __attribute__((vector_size(8)));
-  typedef uint16_t Shorts __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef C Numbers __attribute__((vector_size(8 * sizeof(C))));
-  Bytes bytes;
+  int64_t bytes;
   std::memcpy(&bytes, from, sizeof(bytes));
-  if constexpr (backwards) bytes = __builtin_shufflevector(bytes, bytes, 7, 6, 5, 4, 3, 2, 1, 0);
-  const Ints ints = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Ints);
+  if constexpr (backwards) bytes = __builtin_bswap64(bytes);
+  const Ints ints = (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
   const Numbers numbers = __builtin_convertvector(ints, Numbers) * scale + offset;
   std::memcpy(to, &numbers, sizeof(numbers));
 }
+#endif
 
 // `pixels` of a row, `step` bytes apart; 1 and -1, which mirrors, are known where this is compiled.
 template <int pixels, int known, class T>
 TORCHBP_INLINE void normalise(const uint8_t* from, int64_t step, Compute<T> scale, Compute<T> offset, T* to) {
   Compute<T> numbers[pixels];
-  if constexpr (known != 0 && TORCHBP_VECTOR == 32) {
+#if TORCHBP_VECTOR == 32
+  if constexpr (known != 0) {
     for (int x = 0; x < pixels; x += 8)
       eight_pixels<Compute<T>, known == -1>(known == -1 ? from - x - 7 : from + x, scale, offset, numbers + x);
-  } else {
-    uint8_t bytes[pixels];
-    if constexpr (known == -1) {
-      uint8_t mirrored[pixels];
-      std::memcpy(mirrored, from - (pixels - 1), pixels);
-      for (int x = 0; x < pixels; ++x) bytes[x] = mirrored[pixels - 1 - x];
-    } else if constexpr (known == 1) {
-      std::memcpy(bytes, from, pixels);
-    } else {
-      for (int x = 0; x < pixels; ++x) bytes[x] = from[x * step];
-    }
-    for (int x = 0; x < pixels; ++x) numbers[x] = bytes[x] * scale + offset;
+    return store_n(to, numbers, pixels);
   }
+#endif
+  uint8_t bytes[pixels];
+  if constexpr (known == -1) {
+    uint8_t mirrored[pixels];
+    std::memcpy(mirrored, from - (pixels - 1), pixels);
+    for (int x = 0; x < pixels; ++x) bytes[x] = mirrored[pixels - 1 - x];
+  } else if constexpr (known == 1) {
+    std::memcpy(bytes, from, pixels);
+  } else {
+    for (int x = 0; x < pixels; ++x) bytes[x] = from[x * step];
+  }
+  for (int x = 0; x < pixels; ++x) numbers[x] = bytes[x] * scale + offset;
   store_n(to, numbers, pixels);
 }
 

@@ -17,5 +17,9 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "gemm.h"
 #include "levels.h"

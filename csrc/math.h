@@ -167,13 +167,14 @@ TORCHBP_INLINE T expm1(T x) {
 // tanh(|x|) = h / (h + 1) with h = expm1(2 |x|) / 2; then the sign of x. For large h the same as 1 - 1 / (h + 1): near 1,
 // the errors of what is taken off hardly count, which matters to 1 - y^2 in the backward. For small h, where that cancels
 // and h / (h + 1) has all of the error of h, the same as h - h q with q = h / (h + 1), in which the errors of q are small
-// beside h. Beyond 20 the result is 1 in every dtype.
+// beside h. Both are a - a q with q = a / (h + 1), where a is h or 1, whichever is less. Beyond 20 the result is 1 in
+// every dtype.
 template <class T>
 TORCHBP_INLINE T tanh(T x) {
   const T size = abs(x);
   const T h = half_expm1(2 * where(size > 20, 20, size));
-  const T q = where(h < 1, h, T(1)) / (h + 1);
-  return std::copysign(where(h < 1, h - h * q, 1 - q), x);
+  const T a = where(h < 1, h, 1), q = a / (h + 1);
+  return std::copysign(a - a * q, x);
 }
 
 // x = 2^k (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); with s = f / (2 + f), log(1 + f) = 2 atanh(s) is

@@ -114,14 +114,18 @@ TORCHBP_INLINE T power_of_two(typename Reduce<T>::Int k) {
   return bits<T>(static_cast<typename R::Int>((k + R::bias) << R::mantissa));
 }
 
-// x = k ln 2 + r; returns r and sets k. x must lie in [least, most].
+// x = k ln 2 + r, with the k of `bounded` where that is not x; returns r and sets k. `bounded` must lie in [least, most].
 template <class T>
-TORCHBP_INLINE T reduce(T x, typename Reduce<T>::Int& k) {
+TORCHBP_INLINE T reduce(T x, T bounded, typename Reduce<T>::Int& k) {
   using R = Reduce<T>;
-  const T shifted = x * R::log2e + R::round;
+  const T shifted = bounded * R::log2e + R::round;
   k = bits<typename R::Int>(shifted) - bits<typename R::Int>(R::round);
   const T whole = shifted - R::round;
   return (x - whole * R::hi) - whole * R::lo;
+}
+template <class T>
+TORCHBP_INLINE T reduce(T x, typename Reduce<T>::Int& k) {
+  return reduce(x, x, k);
 }
 
 // e^x, subnormal results and infinities included: the two halves of 2^k are normal numbers, and only the last product
@@ -146,11 +150,12 @@ TORCHBP_INLINE T exp_to_one(T x) {
 }
 
 // (e^x - 1) / 2 without the cancellation near 0: 2^k (expm1(r) + 1) - 1 = 2^k expm1(r) + (2^k - 1), halved so that 2^k
-// cannot overflow before the result does. x must lie where 2^(k-1) is a normal number.
+// cannot overflow before the result does. `bounded` must lie where 2^(k-1) is a normal number. Where that is less than x,
+// the result is no less than at `bounded`, and NaN where x is.
 template <class T>
-TORCHBP_INLINE T half_expm1(T x) {
+TORCHBP_INLINE T half_expm1(T x, T bounded) {
   typename Reduce<T>::Int k;
-  const T r = reduce(x, k);
+  const T r = reduce(x, bounded, k);
   const T half = power_of_two<T>(k - 1);
   return expm1_series(r) * half + (half - T(0.5));
 }
@@ -160,8 +165,18 @@ template <class T>
 TORCHBP_INLINE T expm1(T x) {
   using R = Reduce<T>;
   constexpr T minus_one = -(R::mantissa + 5);  // e^x is lost beside 1 from here on
-  const T y = 2 * half_expm1(where(x < minus_one, minus_one, where(x > R::most, R::most, x)));
+  const T bounded = where(x < minus_one, minus_one, where(x > R::most, R::most, x));
+  const T y = 2 * half_expm1(bounded, bounded);
   return x == 0 ? x : y;  // -0 stays -0
+}
+
+// The lesser of two numbers of which none is negative, or b where a is NaN: in one instruction on their bits, where the
+// comparison of numbers is taken apart by g++ and made of three.
+template <class T>
+TORCHBP_INLINE T lesser(T a, T b) {
+  using Int = typename Reduce<T>::Int;
+  const Int i = bits<Int>(a), j = bits<Int>(b);
+  return bits<T>(i < j ? i : j);
 }
 
 // tanh(|x|) = h / (h + 1) with h = expm1(2 |x|) / 2; then the sign of x. For large h the same as 1 - 1 / (h + 1): near 1,
@@ -171,10 +186,10 @@ TORCHBP_INLINE T expm1(T x) {
 // every dtype.
 template <class T>
 TORCHBP_INLINE T tanh(T x) {
-  const T size = abs(x);
-  const T h = half_expm1(2 * where(size > 20, 20, size));
-  const T a = where(h < 1, h, 1), q = a / (h + 1);
-  return std::copysign(a - a * q, x);
+  using Int = typename Reduce<T>::Int;
+  const T twice = 2 * abs(x), h = half_expm1(twice, lesser(twice, T(40)));
+  const T a = lesser(h, T(1)), q = a / (h + 1);
+  return bits<T>(bits<Int>(a - a * q) | (bits<Int>(x) & std::numeric_limits<Int>::min()));
 }
 
 // x = 2^k (1 + f) with 1 + f from sqrt(1/2) to sqrt(2); with s = f / (2 + f), log(1 + f) = 2 atanh(s) is

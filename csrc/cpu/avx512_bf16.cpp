@@ -1,7 +1,5 @@
 // Products of bfloat16 for machines that multiply pairs of it (AVX512_BF16), beside all that level avx512 has.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "system.h"
 
 #if defined(__clang__)

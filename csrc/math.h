@@ -107,34 +107,41 @@ TORCHBP_INLINE T expm1_series(T r) {
   return r + (r * r) * p;
 }
 
-// 2^k for k in the normal range.
+// 2^k, of the normal range, from whole numbers whose lowest bits are those of k + bias.
 template <class T>
-TORCHBP_INLINE T power_of_two(typename Reduce<T>::Int k) {
-  using R = Reduce<T>;
-  return bits<T>(static_cast<typename R::Int>((k + R::bias) << R::mantissa));
+TORCHBP_INLINE T power_of_two(typename Reduce<T>::Int biased) {
+  return bits<T>(biased << Reduce<T>::mantissa);
 }
 
-// x = k ln 2 + r, with the k of `bounded` where that is not x; returns r and sets k. `bounded` must lie in [least, most].
-template <class T>
-TORCHBP_INLINE T reduce(T x, T bounded, typename Reduce<T>::Int& k) {
+// x = k ln 2 + r, with the k of `bounded` where that is not x; returns r, and sets a whole number whose lowest bits are
+// those of k + `more`, which costs nothing in the number that is added to round. `bounded` must lie in [least, most].
+template <int more, class T>
+TORCHBP_INLINE T reduce(T x, T bounded, typename Reduce<T>::Int& k_and_more) {
   using R = Reduce<T>;
-  const T shifted = bounded * R::log2e + R::round;
-  k = bits<typename R::Int>(shifted) - bits<typename R::Int>(R::round);
-  const T whole = shifted - R::round;
+  constexpr T round = R::round + more;
+  const T shifted = bounded * R::log2e + round;
+  k_and_more = bits<typename R::Int>(shifted);
+  const T whole = shifted - round;
   return (x - whole * R::hi) - whole * R::lo;
 }
+
+// The lesser of any a and a b that is not negative, and NaN or b where a is NaN: in one instruction on their bits, where
+// the comparison of numbers is taken apart by g++ and made of three.
 template <class T>
-TORCHBP_INLINE T reduce(T x, typename Reduce<T>::Int& k) {
-  return reduce(x, x, k);
+TORCHBP_INLINE T lesser(T a, T b) {
+  using Int = typename Reduce<T>::Int;
+  const Int i = bits<Int>(a), j = bits<Int>(b);
+  return bits<T>(i < j ? i : j);
 }
 
 // e^x, subnormal results and infinities included: the two halves of 2^k are normal numbers, and only the last product
-// rounds. NaN runs through the arithmetic by itself.
+// rounds. Beyond `most` r grows with x, and the result is infinite all the more. NaN runs through the arithmetic by itself.
 template <class T>
 TORCHBP_INLINE T exp(T x) {
   using R = Reduce<T>;
-  typename R::Int k;
-  const T r = reduce(where(x < R::least, R::least, where(x > R::most, R::most, x)), k);
+  typename R::Int k;  // with a bias for each half
+  const T from_least = where(x < R::least, R::least, x);
+  const T r = reduce<2 * R::bias>(from_least, lesser(from_least, R::most), k);
   const typename R::Int half = k >> 1;
   return (1 + expm1_series(r)) * power_of_two<T>(half) * power_of_two<T>(k - half);
 }
@@ -144,8 +151,8 @@ template <class T>
 TORCHBP_INLINE T exp_to_one(T x) {
   using R = Reduce<T>;
   typename R::Int k;
-  const T r = reduce(where(x < R::least_normal, R::least_normal, x), k);
-  const T y = 1 + expm1_series(r);
+  const T bounded = where(x < R::least_normal, R::least_normal, x);
+  const T y = 1 + expm1_series(reduce<R::bias>(bounded, bounded, k));
   return where(x < R::least_normal, 0, y * power_of_two<T>(k));
 }
 
@@ -155,8 +162,8 @@ TORCHBP_INLINE T exp_to_one(T x) {
 template <class T>
 TORCHBP_INLINE T half_expm1(T x, T bounded) {
   typename Reduce<T>::Int k;
-  const T r = reduce(x, bounded, k);
-  const T half = power_of_two<T>(k - 1);
+  const T r = reduce<Reduce<T>::bias - 1>(x, bounded, k);
+  const T half = power_of_two<T>(k);
   return expm1_series(r) * half + (half - T(0.5));
 }
 
@@ -165,18 +172,9 @@ template <class T>
 TORCHBP_INLINE T expm1(T x) {
   using R = Reduce<T>;
   constexpr T minus_one = -(R::mantissa + 5);  // e^x is lost beside 1 from here on
-  const T bounded = where(x < minus_one, minus_one, where(x > R::most, R::most, x));
-  const T y = 2 * half_expm1(bounded, bounded);
+  const T from_minus_one = where(x < minus_one, minus_one, x);
+  const T y = 2 * half_expm1(from_minus_one, lesser(from_minus_one, R::most));
   return x == 0 ? x : y;  // -0 stays -0
-}
-
-// The lesser of two numbers of which none is negative, or b where a is NaN: in one instruction on their bits, where the
-// comparison of numbers is taken apart by g++ and made of three.
-template <class T>
-TORCHBP_INLINE T lesser(T a, T b) {
-  using Int = typename Reduce<T>::Int;
-  const Int i = bits<Int>(a), j = bits<Int>(b);
-  return bits<T>(i < j ? i : j);
 }
 
 // tanh(|x|) = h / (h + 1) with h = expm1(2 |x|) / 2; then the sign of x. For large h the same as 1 - 1 / (h + 1): near 1,
@@ -202,7 +200,7 @@ TORCHBP_INLINE T log(T x) {
   constexpr int terms = R::mantissa < 30 ? 5 : 10;
   const bool subnormal = x < std::numeric_limits<T>::min();
   const Int root = bits<Int>(T(0.70710678118654752));
-  const Int shifted = bits<Int>(where(subnormal, x * power_of_two<T>(R::mantissa + 1), x)) - root;
+  const Int shifted = bits<Int>(where(subnormal, x * power_of_two<T>(R::mantissa + 1 + R::bias), x)) - root;
   const Int k = (shifted >> R::mantissa) - where(subnormal, Int(R::mantissa + 1), Int(0));
   const T f = bits<T>((shifted & ((Int(1) << R::mantissa) - 1)) + root) - 1;
   const T s = f / (2 + f), z = s * s;

@@ -71,14 +71,14 @@ def below(op: Callable[..., Any]) -> Callable[..., Any]:
 def raw(name: str) -> Callable[..., Any]:
     """The operation `torch.ops.torchbp.NAME` as a Function calls it.
 
-    Where nothing traces, transforms or casts, that is its twin in `torch.ops.torchbp_kernels`,
-    which has no autograd to get past: the guard of `below` costs as much as a small kernel.
+    Where nothing traces or transforms, that is its twin in `torch.ops.torchbp_kernels`, which has
+    no autograd and no autocast to get past: the guard of `below` costs as much as a small kernel.
     """
     op = below(getattr(torch.ops.torchbp, name).default)
     kernel = getattr(torch.ops.torchbp_kernels, name).default._op
 
     def run(*args: Any) -> Any:
-        if is_traced() or _functorch_active() or any_autocast() or _dispatch_modes():
+        if is_traced() or _functorch_active() or _dispatch_modes():
             return op(*args)
         return kernel(*args)
 
@@ -92,7 +92,7 @@ def fast_backward(grad: Tensor) -> bool:
     What torch.compile traces is never differentiated twice.
     """
     return is_traced() or not (
-        torch.is_grad_enabled()
+        _grad_enabled()
         or _functorch_active()
         or forward_ad._current_level >= 0
         or _is_batched(grad)

@@ -293,10 +293,10 @@ struct Lanes {
 
   // Writes the gradient g (p / sum * mass - w q), g = dloss / total.
   TORCHBP_INLINE void gradient() {
-    Vector upstream{};
-    if (a.grad_stride == 0)
-      TORCHBP_PARTS upstream.part[i] += Row<T>(a, first).upstream();
-    else
+    Vector upstream;
+    const C all = a.grad_stride == 0 ? Row<T>(a, first).upstream() : C(0);
+    TORCHBP_PARTS upstream.part[i] = all + Part{};
+    if (a.grad_stride != 0)
       for (int k = 0; k < rows; ++k) upstream.numbers()[k] = Row<T>(a, first + k).upstream();
     T* const to = static_cast<T*>(a.grad_input) + first * a.classes;
     C* through = buffer;

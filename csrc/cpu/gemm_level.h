@@ -419,17 +419,18 @@ void copy_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t kc, Word* 
 // Lines of runs of memory, `stride` bytes apart, which are to be fetched: of as many runs as go together the first line,
 // the second, and so on, and then of the next runs. Lines behind the last run are of no use, and do no harm.
 struct Runs {
-  const char* next = nullptr;
-  int64_t stride = 0, lines = 0;  // of a run
-  int64_t line = 0;               // of the run, that is next
-  int64_t left = 0;               // in kTileRows lines
+  const char* next;
+  int64_t stride, lines;  // of a run
+  int64_t line;           // of the run, that is next
+  int64_t left;           // in kTileRows lines
 
-  Runs() = default;
+  Runs() {}  // without values, as a TileProduct
   template <class T>
   Runs(const T* from, int64_t stride, int64_t runs, int64_t numbers)
       : next(reinterpret_cast<const char*>(from)),
         stride(stride * static_cast<int64_t>(sizeof(T))),
         lines((numbers * static_cast<int64_t>(sizeof(T)) + 63) / 64),
+        line(0),
         left((runs + kTileRows - 1) / kTileRows * lines) {}
 
   // One of `shares` of about the same size.

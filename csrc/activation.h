@@ -18,9 +18,9 @@ struct Activation {
 
 inline Activation activation_of(const char* op, std::string_view wanted) {
   if (wanted == "none") return {};
-#define ROW(name, parameter, forward, saves, ...)               \
-  if (wanted == #name && std::string_view(#saves) != "nothing") \
-    return {Kernel::name##_forward, Kernel::name##_backward, true, std::string_view(#saves) == "x"};
+#define ROW(name, parameter, forward, saves, ...)     \
+  if (wanted == #name && !text_is(#saves, "nothing")) \
+    return {Kernel::name##_forward, Kernel::name##_backward, true, text_is(#saves, "x")};
   TORCHBP_UNARY_GATES(ROW)
 #undef ROW
   STD_TORCH_CHECK(false, "torchbp::", op,

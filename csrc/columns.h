@@ -14,6 +14,7 @@ namespace torchbp::TORCHBP_LEVEL {
 template <int n_in, int n_out>
 struct Column {
   static constexpr int inputs = n_in, outputs = n_out;
+  static constexpr bool is_tanh = false;  // whether the text is tanh(x) and no more
 };
 
 // What a row saves, as the declaration that its gradient column reads.
@@ -23,6 +24,7 @@ struct Column {
 
 #define ROW(name, parameter, forward, saves, backward, second)                                      \
   struct name##_forward : Column<1, 1> {                                                            \
+    static constexpr bool is_tanh = text_is(#forward, "tanh(x)");                                   \
     template <class C>                                                                              \
     static TORCHBP_INLINE void apply(const C (&in)[1], C (&out)[1], [[maybe_unused]] C parameter) { \
       const C x = in[0];                                                                            \

@@ -8,12 +8,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <string_view>
 
 #include "gates.h"
 
 namespace torchbp {
 
 using torch::headeronly::ScalarType;
+
+// Whether a row says so: of the text of a column, as a macro has it.
+constexpr bool text_is(std::string_view text, std::string_view wanted) { return text == wanted; }
 
 // One entry per column of the table that is compiled: relu_forward, relu_backward, ..., multiply_backward_b.
 enum class Kernel : int {

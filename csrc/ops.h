@@ -9,7 +9,6 @@
 
 #include <array>
 #include <optional>
-#include <string_view>
 #include <tuple>
 
 #include "activation.h"
@@ -619,8 +618,6 @@ Tensor l2_penalty(std::vector<Tensor> tensors) {
 // ---- registration ------------------------------------------------------------------------------------------------
 
 using torch::stable::detail::StableLibrary;
-
-constexpr bool text_is(std::string_view text, std::string_view wanted) { return text == wanted; }
 
 // Registers the operations of elementwise rows for one device. A row that saves nothing has a gradient column in dy
 // alone: the shape of its forward column.

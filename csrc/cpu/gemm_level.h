@@ -424,7 +424,7 @@ struct Runs {
   int64_t line;           // of the run, that is next
   int64_t left;           // in kTileRows lines
 
-  Runs() {}  // without values, as a TileProduct
+  Runs() = default;  // without values, as a TileProduct
   template <class T>
   Runs(const T* from, int64_t stride, int64_t runs, int64_t numbers)
       : next(reinterpret_cast<const char*>(from)),

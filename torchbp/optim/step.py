@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from .. import _C, functional, nn
 from ..data.loader import BatchLoader, Opened
 from ..functions import check
-from ..functions.gate import is_traced
+from ..functions.gate import any_autocast, is_traced
 from ..functions.products import ACTIVATIONS
 from ..functions.softmax_ce import check_classes
 from ..functions.table import HAS_CUDA
@@ -49,7 +49,6 @@ _close_trainer = torch.ops.torchbp_trainer.close.default._op
 _increment_version = torch._C._increment_version
 _unchanged = _C.unchanged
 _requires_grad = torch._C.TensorBase.requires_grad  # its descriptor
-_any_autocast = torch._C._is_any_autocast_enabled
 
 _OP = "compile_step"
 _HINT = "or train through autograd"
@@ -323,7 +322,7 @@ class CompiledStep:
         return self._look()
 
     def _refuse_autocast(self) -> None:
-        if _any_autocast():
+        if any_autocast():
             self._build()  # which says it
 
     def _look(self) -> list[float]:

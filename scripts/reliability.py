@@ -137,7 +137,7 @@ def elsewhere() -> str:
     """Links to the pages of other machines, docs/reliability-LEVEL.md, if there are any."""
     names = [path.stem.removeprefix("reliability-") for path in OTHERS.glob("reliability-*.md")]
     links = ", ".join(f"[{name}](docs/reliability-{name}.md)" for name in sorted(names))
-    return f" Earlier, on another machine: {links}." if links else ""
+    return f" On another machine: {links}." if links else ""
 
 
 def page(state: State, fraction: float) -> str:

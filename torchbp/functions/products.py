@@ -2,7 +2,8 @@
 
 The Jacobian of a product is huge and mostly zero, so that it is never formed: the gradients are
 products themselves, dL/dx = dL/dy w^T and dL/dw = x^T dL/dy. No other order of the factors has the
-right shapes. Products run on PyTorch's own GEMM (MKL, oneDNN, cuBLAS).
+right shapes. MatMul's products are PyTorch's own (MKL, oneDNN, cuBLAS); those of Linear, and of
+Maxout's forward, are torchbp's wherever its kernels take them (csrc/ops.h).
 """
 
 from __future__ import annotations

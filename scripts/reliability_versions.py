@@ -30,6 +30,9 @@ WANTED = ("2.11", "2.13", "2.15")
 #: Environments, separated as in PATH: folders that venv made, or interpreters.
 VARIABLE = "TORCHBP_TORCH_VENVS"
 
+#: Where make torch-versions puts its own.
+MADE = ROOT / "build"
+
 #: What asks an environment who it is.
 QUESTION = """
 import json, sys
@@ -67,7 +70,7 @@ class Environment:
 def interpreters() -> list[str]:
     """This one, those that were named, those that make torch-versions made."""
     named = [Path(word) for word in os.environ.get(VARIABLE, "").split(os.pathsep) if word]
-    found = [*named, *sorted((ROOT / "build").glob("torch-*"))]
+    found = [*named, *sorted(MADE.glob("torch-*"))]
     binaries = [path / "bin" / "python" if path.is_dir() else path for path in found]
     # Not resolved: an environment's python is a link to the one that it was made from.
     return list(dict.fromkeys([sys.executable, *(str(path.absolute()) for path in binaries)]))

@@ -351,6 +351,7 @@ def test_a_version_that_is_not_there_is_not_claimed(
     broken = interpreter(tmp_path / "c", "no torch")
     folders = ":".join(map(str, (theirs, other, broken, tmp_path / "missing")))
     monkeypatch.setenv(reliability_versions.VARIABLE, folders)
+    monkeypatch.setattr(reliability_versions, "MADE", tmp_path / "none")
     found = reliability_versions.environments()
     own = ".".join(torch.__version__.split(".")[:2])
     assert set(found) == {"2.15", *({own} & set(WANTED))}

@@ -29,6 +29,7 @@ def run(block: str) -> str:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[-1])
 def test_python_example(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHBP_CACHE", str(tmp_path / "cache"))  # not the user's own
     said = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
     assert run(block).splitlines() == said
 

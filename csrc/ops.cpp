@@ -34,7 +34,7 @@ void define_operations(StableLibrary& m) {
 #undef ROW
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, str activation, float parameter) -> (Tensor, Tensor)");
   m.def(
-      "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, str activation, float parameter, "
+      "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? saved, str activation, float parameter, "
       "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("mlp(Tensor x, Tensor[] weights, Tensor[] biases, str activation, float parameter) -> Tensor[]");
   m.def(

@@ -288,11 +288,18 @@ inline Tensor matrix(const Tensor& t) {
   return torch::stable::reshape(t, {rows, columns});
 }
 
-inline Tensor like_rows_of(const Tensor& x, const Tensor& rows) {
-  if (x.dim() == 2) return rows;
+// New rows, with the leading dimensions of x. The same memory, but not by reshape: autograd would take the result for a
+// view, and a Function's output that is one may not be changed in place.
+inline Tensor like_rows_of(const Tensor& x, const Tensor& new_rows) {
+  if (x.dim() == 2) return new_rows;
+  const Tensor rows = dense(new_rows);
   auto shape = sizes_of(x);
   shape.back() = rows.size(1);
-  return torch::stable::reshape(rows, shape);
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(rows.get(), static_cast<int64_t>(shape.size()), shape.data(),
+                                                        contiguous_strides(shape).data(), rows.storage_offset(),
+                                                        &result));
+  return Tensor(result);
 }
 
 // y = f(x W^T + b) of a matrix x. Returns (y, z): z is the product before an activation whose gradient needs it, else
@@ -301,7 +308,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor> layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                  const Activation& f, double parameter) {
   if constexpr (Backend::own_products)
-    if (Backend::fits(x, weight)) return Backend::linear(x, weight, bias, f, parameter);
+    if (Backend::fits(x, weight.size(1), weight.size(0))) return Backend::linear(x, weight, bias, f, parameter);
   if constexpr (Backend::fused_products)
     if (bias && f.forward == Kernel::relu_forward)
       if (const auto y = Backend::affine_relu(x, weight, *bias)) return {*y, nothing(*y)};
@@ -318,32 +325,63 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const s
   return {like_rows_of(x, y), f.saves_x ? like_rows_of(x, z) : z};
 }
 
-// dz [n, out] -> dx = dz W, dW = dz^T x, db = sum of dz over the rows; x [n, in]. Those not asked for are empty.
+// dz [n, out] -> dx = dz W, dW = dz^T x, db = sum of dz over the rows. Those not asked for are empty. What is read by
+// none that is may be missing: W [out, in] where no dx is, x [n, in] where no dW is.
 template <class Backend>
-std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
-                                      bool need_weight, bool need_bias) {
-  if constexpr (Backend::own_products)
-    if (Backend::fits(x, weight)) return Backend::affine_backward(dz, x, weight, need_x, need_weight, need_bias);
+std::array<Tensor, 3> affine_backward(const Tensor& dz, const std::optional<Tensor>& x,
+                                      const std::optional<Tensor>& weight, bool need_x, bool need_weight,
+                                      bool need_bias) {
+  if constexpr (Backend::own_products) {
+    const int64_t in = weight ? weight->size(1) : x ? x->size(1) : 0;
+    if (Backend::fits(dz, in, dz.size(1)))
+      return Backend::affine_backward(dz, x, weight, need_x, need_weight, need_bias);
+  }
   if constexpr (Backend::fused_products)
     if (need_weight && need_bias)
-      if (const auto both = Backend::weight_and_bias_gradient(dz, x))
-        return {need_x ? mm(dz, weight) : nothing(dz), (*both)[0], (*both)[1]};
+      if (const auto both = Backend::weight_and_bias_gradient(dz, *x))
+        return {need_x ? mm(dz, *weight) : nothing(dz), (*both)[0], (*both)[1]};
   const std::array<int64_t, 1> rows{0};
-  return {need_x ? mm(dz, weight) : nothing(dz), need_weight ? mm(transpose(dz), x) : nothing(dz),
+  return {need_x ? mm(dz, *weight) : nothing(dz), need_weight ? mm(transpose(dz), *x) : nothing(dz),
           need_bias ? torch::stable::sum(dz, rows) : nothing(dz)};
 }
 
+// The arguments of linear_backward. Those that no gradient asked for reads may be missing.
+inline void check_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+                                  const std::optional<Tensor>& saved, bool reads_x, bool reads_weight,
+                                  bool reads_saved) {
+  const char* op = "linear_backward";
+  const auto is_given = [&](const char* argument, const std::optional<Tensor>& t, bool read) {
+    STD_TORCH_CHECK(t || !read, "torchbp::", op, ": ", argument, " wants a tensor for what is asked, got None");
+    if (t) check_like(op, argument, *t, dy);
+    return t.has_value();
+  };
+  check_floating(op, "dy", dy);
+  STD_TORCH_CHECK(dy.dim() >= 1, "torchbp::", op, ": dy wants shape (..., out_features), got a number");
+  auto shape = sizes_of(dy);
+  const int64_t out = shape.back();
+  if (reads_saved && is_given("saved", saved, true)) check_shape(op, "saved", *saved, shape);
+  if (is_given("weight", weight, reads_weight)) {
+    STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == out, "torchbp::", op, ": weight wants shape (", out,
+                    ", in_features), got ", shape_text(*weight));
+    shape.back() = weight->size(1);
+  }
+  if (is_given("x", x, reads_x)) {
+    if (!weight && x->dim() >= 1) shape.back() = x->size(x->dim() - 1);
+    check_shape(op, "x", *x, shape);
+  }
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                   const Tensor& saved, Text activation, double parameter, bool need_x,
-                                                   bool need_weight, bool need_bias) {
-  check_linear("linear_backward", x, weight, std::nullopt);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const std::optional<Tensor>& x_,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& saved, Text activation,
+                                                   double parameter, bool need_x, bool need_weight, bool need_bias) {
   const Activation f = activation_of("linear_backward", activation);
-  check_rows("linear_backward", "dy", dy, x, weight);
-  if (f.any) check_rows("linear_backward", "saved", saved, x, weight);
-  const Tensor dz = activate_backward<Backend>(matrix(dy), f.any ? matrix(saved) : saved, f, parameter);
-  const auto [dx, dw, db] = affine_backward<Backend>(dz, matrix(x), weight, need_x, need_weight, need_bias);
-  return {need_x ? like_rows_of(x, dx) : dx, dw, db};
+  check_linear_backward(dy, x_, weight, saved, need_weight, need_x, f.any);
+  const Tensor dz = f.any ? activate_backward<Backend>(matrix(dy), matrix(*saved), f, parameter) : matrix(dy);
+  const std::optional<Tensor> x = x_ ? std::optional<Tensor>(matrix(*x_)) : x_;
+  const auto [dx, dw, db] = affine_backward<Backend>(dz, x, weight, need_x, need_weight, need_bias);
+  return {need_x ? like_rows_of(dy, dx) : dx, dw, db};
 }
 
 // ---- mlp ---------------------------------------------------------------------------------------------------------

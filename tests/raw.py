@@ -58,7 +58,14 @@ def product_samples() -> dict[str, list[Sample]]:
         samples["linear_backward"] += [
             (dy, x, weight, saved, activation, parameter, True, True, True),
             (dy, x, weight, saved, activation, parameter, False, True, False),
+            (dy, x, None, saved, activation, parameter, False, True, True),
+            (dy, None, weight, saved, activation, parameter, True, False, True),
+            (dy, None, None, saved, activation, parameter, False, False, True),
         ]
+        if activation == "none":
+            samples["linear_backward"].append(
+                (dy, x, weight, None, activation, parameter, True, True, True)
+            )
         network = (x, [weight, second], [bias, randn(2)], activation, parameter)
         if activation == "none":
             continue

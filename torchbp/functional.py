@@ -18,6 +18,7 @@ from . import functions
 from .functions import check
 from .functions.gate import any_autocast, call
 from .functions.mlp import mlp_output
+from .functions.products import linear_output
 from .functions.softmax_ce import check_target, softmax_ce_loss
 
 __all__ = [
@@ -257,9 +258,7 @@ def linear(
         torch.Size([2, 4])
     """
     x, weight, bias = _autocast(x, weight, bias)
-    name = "none" if activation is None else activation
-    y, _ = call(functions.Linear, x, weight, bias, name)
-    return y
+    return linear_output(x, weight, bias, "none" if activation is None else activation)
 
 
 def maxout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -305,6 +304,9 @@ def cross_entropy(
 
     Returns:
         one number, or for reduction "none" the shape of input without C.
+
+    input is kept for backward, where PyTorch keeps a copy of its log-probabilities: it may not be
+    changed in place before.
 
     Raises:
         IndexError: a class index is out of range. On a GPU, which is not waited for, the loss is

@@ -35,15 +35,16 @@ struct Cpu {
   // Adds the sum of squares of n elements to *result, in the compute dtype.
   static void add_sum_of_squares(const void* data, ScalarType dtype, int64_t n, void* result, int32_t device);
 
-  // Products of this backend's own (products.cpp), where they fit; ops.h has checked the arguments of linear, and falls
-  // back on PyTorch's where they do not fit.
+  // Products of this backend's own (products.cpp), where they fit: rows are those of x or dz. ops.h has checked the
+  // arguments of linear, and falls back on PyTorch's where they do not fit.
   static constexpr bool own_products = true;
   static constexpr bool fused_products = false;  // what cuda/backend.h has
-  static bool fits(const Tensor& x, const Tensor& weight);
+  static bool fits(const Tensor& rows, int64_t in, int64_t out);
   static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Activation& f, double parameter);
-  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
-                                               bool need_weight, bool need_bias);
+  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const std::optional<Tensor>& x,
+                                               const std::optional<Tensor>& weight, bool need_x, bool need_weight,
+                                               bool need_bias);
   static bool fits_network(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
   static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                  const Activation& f, double parameter);

@@ -88,14 +88,14 @@ bool is_float_on_cpu(const Tensor& t) { return t.scalar_type() == ScalarType::Fl
 
 }  // namespace
 
-bool Cpu::fits(const Tensor& x, const Tensor& weight) {
-  const int64_t n = x.size(0);
-  const ScalarType dtype = x.scalar_type();
-  if (!x.is_cpu()) return false;
+bool Cpu::fits(const Tensor& rows, int64_t in, int64_t out) {
+  const int64_t n = rows.size(0);
+  const ScalarType dtype = rows.scalar_type();
+  if (!rows.is_cpu()) return false;
   if (widens(dtype)) return n >= kFewest && !multiplies(dtype);
   if (!has_products(dtype)) return false;
-  if (dtype == ScalarType::BFloat16) return n >= kEnough || (n >= kFewest && weight.numel() <= kFewWeights);
-  return n >= kEnough || (n >= kFewest && n * weight.size(0) * weight.size(1) <= kTiny);
+  if (dtype == ScalarType::BFloat16) return n >= kEnough || (n >= kFewest && in * out <= kFewWeights);
+  return n >= kEnough || (n >= kFewest && n * out * in <= kTiny);
 }
 
 std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
@@ -119,27 +119,33 @@ std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, 
   return {y, z};
 }
 
-std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const Tensor& x_, const Tensor& weight_, bool need_x,
-                                           bool need_weight, bool need_bias) {
-  if (widens(x_.scalar_type())) {
-    auto result = affine_backward(widened(dz_), widened(x_), widened(weight_), need_x, need_weight, need_bias);
-    for (Tensor& t : result) t = torch::stable::to(t, x_.scalar_type());
+std::array<Tensor, 3> Cpu::affine_backward(const Tensor& dz_, const std::optional<Tensor>& x,
+                                           const std::optional<Tensor>& weight, bool need_x, bool need_weight,
+                                           bool need_bias) {
+  const ScalarType dtype = dz_.scalar_type();
+  if (widens(dtype)) {
+    const auto wide = [](const std::optional<Tensor>& t, bool needed) {
+      return needed ? std::optional<Tensor>(widened(*t)) : std::nullopt;
+    };
+    auto result =
+        affine_backward(widened(dz_), wide(x, need_weight), wide(weight, need_x), need_x, need_weight, need_bias);
+    for (Tensor& t : result) t = torch::stable::to(t, dtype);
     return result;
   }
-  const Tensor dz = readable(dz_), x = readable(x_), weight = readable(weight_);
-  const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
-  const Matrix d = matrix_of(dz), rows = matrix_of(x), w = matrix_of(weight);
-  const auto multiply = [&](int64_t rows, int64_t columns, int64_t k, Matrix a, Matrix b, bool of_parameter) {
-    const Tensor c = empty_matrix(rows, columns, x);
-    Gemm g = product(rows, columns, k, a, b, matrix_of(c));
+  const Tensor dz = readable(dz_);
+  const int64_t n = dz.size(0), out = dz.size(1);
+  const Matrix d = matrix_of(dz);
+  const auto multiply = [&](int64_t rows, int64_t k, Matrix a, const Tensor& b_, bool of_parameter) {
+    const Tensor b = readable(b_), c = empty_matrix(rows, b.size(1), dz);
+    Gemm g = product(rows, b.size(1), k, a, matrix_of(b), matrix_of(c));
     g.of_parameter = of_parameter;
     gemm(g);
     return c;
   };
-  std::array<Tensor, 3> result{need_x ? multiply(n, in, out, d, w, false) : nothing(x),
-                               need_weight ? multiply(out, in, n, d.transposed(), rows, true) : nothing(x), nothing(x)};
+  std::array<Tensor, 3> result{need_x ? multiply(n, out, d, *weight, false) : nothing(dz),
+                               need_weight ? multiply(out, n, d.transposed(), *x, true) : nothing(dz), nothing(dz)};
   if (need_bias) {
-    result[2] = empty({out}, x.scalar_type(), x);
+    result[2] = empty({out}, dtype, dz);
     sum_rows(d, n, out, result[2].mutable_data_ptr());
   }
   return result;

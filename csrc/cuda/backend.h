@@ -30,11 +30,12 @@ struct Cuda {
   // Products of this backend's own are those of a whole narrow network in a half type (narrow.cu), as cpu/backend.h has
   // them; those of a layer alone are cuBLASLt's or PyTorch's.
   static constexpr bool own_products = true;
-  static bool fits(const Tensor&, const Tensor&) { return false; }
+  static bool fits(const Tensor&, int64_t, int64_t) { return false; }
   static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Activation& f, double parameter);
-  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const Tensor& x, const Tensor& weight, bool need_x,
-                                               bool need_weight, bool need_bias);
+  static std::array<Tensor, 3> affine_backward(const Tensor& dz, const std::optional<Tensor>& x,
+                                               const std::optional<Tensor>& weight, bool need_x, bool need_weight,
+                                               bool need_bias);
   static bool fits_network(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
   static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                  const Activation& f, double parameter);

@@ -692,7 +692,8 @@ std::tuple<Tensor, Tensor> Cuda::linear(const Tensor&, const Tensor&, const std:
                                         double) {
   STD_TORCH_CHECK(false, "torchbp::linear: CUDA has no product of a layer alone");
 }
-std::array<Tensor, 3> Cuda::affine_backward(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool) {
+std::array<Tensor, 3> Cuda::affine_backward(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                            bool, bool, bool) {
   STD_TORCH_CHECK(false, "torchbp::linear_backward: CUDA has no product of a layer alone");
 }
 

@@ -138,6 +138,32 @@ def test_linear_in_bfloat16_is_rounded_once(size: tuple[int, int, int], layout: 
     assert_rounded_once(db, upstream.sum(0), upstream.abs().sum(0), n + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("size", [(70, 33, 20), (9, 5, 4), (3, 5, 4), (0, 4, 3)], ids=str)
+def test_what_no_gradient_reads_may_be_missing(
+    size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """The rest is the same, to the bit, as if it were there."""
+    n, features_in, features_out = size
+    ops: Any = torch.ops.torchbp_kernels
+    x, dy = torch.randn(n, features_in).to(dtype), torch.randn(n, features_out).to(dtype)
+    w, y = torch.randn(features_out, features_in).to(dtype), torch.rand_like(dy)
+    whole = ops.linear_backward(dy, x, w, y, "tanh", 0.0, True, True, True)
+    for given in ((x, None), (None, w), (x, w)):
+        needs = given[1] is not None, given[0] is not None, True
+        parts = ops.linear_backward(dy, *given, y, "tanh", 0.0, *needs)
+        for part, wanted, need in zip(parts, whole, needs, strict=True):
+            assert torch.equal(part, wanted) if need else part.numel() == 0
+    plain = ops.linear_backward(dy, x, w, y, "none", 0.0, True, True, True)
+    for part, wanted in zip(
+        ops.linear_backward(dy, x, w, None, "none", 0.0, True, True, True), plain, strict=True
+    ):
+        assert torch.equal(part, wanted)
+    nothing = ops.linear_backward(dy, None, None, None, "none", 0.0, False, False, True)
+    assert [part.numel() for part in nothing] == [0, 0, features_out]
+    assert_close_in_norm(nothing[2], dy.double().sum(0), dy.sum(0))
+
+
 @EACH_HALF_TYPE
 def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
     """To the bit, where no instruction multiplies them."""

@@ -161,36 +161,58 @@ def of_rows() -> list[Wrong]:
     return found
 
 
-def of_linear(good: Right) -> list[Wrong]:
-    own = dict(good.arguments)
-    found = [
-        wrong(good, f"x {FLOATING}", x=WHOLE),
-        wrong(good, f"weight {OTHER}", weight=ones(4, 3).double()),
-        wrong(good, f"weight {DEVICE}", weight=torch.ones(4, 3, device="meta")),
-        wrong(good, r"weight wants shape \(out_features, in_features\)", weight=ones(3)),
-        wrong(good, r"weight wants shape \(out_features, in_features\)", weight=ones(4, 3, 1)),
-        wrong(good, r"x wants shape \(..., 3\), got \(\)", x=ones()),
-        wrong(good, r"x wants shape \(..., 3\), got \(2, 4\)", x=ones(2, 4)),
-        wrong(good, "activation wants the name of a unary gate", activation="no such"),
-        wrong(good, "activation wants the name of a unary gate", activation="scale"),
+def unlike_first(good: Right, name: str, shape: tuple[int, ...]) -> list[Wrong]:
+    """An argument of another dtype, or on another device, than the first one."""
+    return [
+        wrong(good, f"{name} {OTHER}", **{name: ones(*shape).double()}),
+        wrong(good, f"{name} {DEVICE}", **{name: torch.ones(*shape, device="meta")}),
     ]
-    if "dy" in own:
-        for name in ("dy", "saved"):
-            found += [
-                wrong(good, f"{name} {OTHER}", **{name: ones(2, 4).double()}),
-                wrong(good, f"{name} {DEVICE}", **{name: torch.ones(2, 4, device="meta")}),
-                wrong(good, rf"{name} wants shape \(2, 4\), got \(1, 4\)", **{name: ones(1, 4)}),
-                wrong(good, rf"{name} wants shape \(2, 4\), got \(2, 3\)", **{name: ones(2, 3)}),
-                wrong(good, rf"{name} wants shape \(2, 4\), got \(4\)", **{name: ones(4)}),
-            ]
-    else:
-        found += [
-            wrong(good, f"bias {OTHER}", bias=ones(4).double()),
-            wrong(good, f"bias {DEVICE}", bias=torch.ones(4, device="meta")),
-            wrong(good, r"bias wants shape \(4\), got \(3\)", bias=ones(3)),
-            wrong(good, r"bias wants shape \(4\), got \(4, 1\)", bias=ones(4, 1)),
-        ]
-    return found
+
+
+OF_LINEAR = [
+    wrong(LINEAR, f"x {FLOATING}", x=WHOLE),
+    wrong(LINEAR, r"weight wants shape \(out_features, in_features\)", weight=ones(3)),
+    wrong(LINEAR, r"weight wants shape \(out_features, in_features\)", weight=ones(4, 3, 1)),
+    wrong(LINEAR, r"x wants shape \(..., 3\), got \(\)", x=ones()),
+    wrong(LINEAR, r"x wants shape \(..., 3\), got \(2, 4\)", x=ones(2, 4)),
+    wrong(LINEAR, r"bias wants shape \(4\), got \(3\)", bias=ones(3)),
+    wrong(LINEAR, r"bias wants shape \(4\), got \(4, 1\)", bias=ones(4, 1)),
+    *unlike_first(LINEAR, "weight", (4, 3)),
+    *unlike_first(LINEAR, "bias", (4,)),
+    wrong(LINEAR_BACKWARD, f"dy {FLOATING}", dy=ones(2, 4).long()),
+    wrong(LINEAR_BACKWARD, r"dy wants shape \(..., out_features\), got a number", dy=ones()),
+    wrong(LINEAR_BACKWARD, r"x wants shape \(2, 3\), got \(\)", x=ones()),
+    wrong(LINEAR_BACKWARD, r"x wants shape \(2, 3\), got \(2, 4\)", x=ones(2, 4)),
+    wrong(LINEAR_BACKWARD, r"x wants shape \(2, 3\), got \(1, 3\)", x=ones(1, 3)),
+    *(
+        wrong(LINEAR_BACKWARD, r"weight wants shape \(4, in_features\)", weight=ones(*shape))
+        for shape in ((4,), (4, 3, 1), (3, 3))
+    ),
+    *(
+        wrong(LINEAR_BACKWARD, rf"saved wants shape \(2, 4\), got \({text}\)", saved=ones(*shape))
+        for shape, text in (((1, 4), "1, 4"), ((2, 3), "2, 3"), ((4,), "4"))
+    ),
+    *unlike_first(LINEAR_BACKWARD, "x", (2, 3)),
+    *unlike_first(LINEAR_BACKWARD, "weight", (4, 3)),
+    *unlike_first(LINEAR_BACKWARD, "saved", (2, 4)),
+    # What is read may not be missing; what is not is looked at all the same.
+    *(
+        wrong(LINEAR_BACKWARD, f"{name} wants a tensor for what is asked, got None", **{name: None})
+        for name in ("x", "weight", "saved")
+    ),
+    wrong(LINEAR_BACKWARD, r"x wants shape \(2, 5\), got \(1, 5\)", x=ones(1, 5), weight=None,
+          need_x=False),
+    wrong(LINEAR_BACKWARD, r"x wants shape \(2, 4\), got \(\)", x=ones(), weight=None,
+          need_x=False),
+    wrong(LINEAR_BACKWARD, f"x {OTHER}", x=DOUBLE, need_weight=False),
+    wrong(LINEAR_BACKWARD, r"weight wants shape \(4, in_features\)", weight=ones(3, 3),
+          need_x=False),
+    *(
+        wrong(good, "activation wants the name of a unary gate", activation=name)
+        for good in (LINEAR, LINEAR_BACKWARD)
+        for name in ("no such", "scale")
+    ),
+]  # fmt: skip
 
 
 OF_MLP = [
@@ -325,7 +347,7 @@ OTHERS = [
 ]
 
 WRONG = [
-    *of_rows(), *of_linear(LINEAR), *of_linear(LINEAR_BACKWARD), *OF_MLP, *of_cross_entropy(),
+    *of_rows(), *OF_LINEAR, *OF_MLP, *of_cross_entropy(),
     *OTHERS,
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .check import number
-from .gate import Gate, TwoInputs, backward_of, raw, save, sum_to
+from .gate import Gate, TwoInputs, backward_of, needs_grad, raw, save, sum_to
 
 __all__ = ["Add", "Exp", "Maximum", "Multiply", "Reciprocal", "Scale", "Shift"]
 
@@ -86,12 +86,17 @@ class Multiply(Gate):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        save(ctx, *inputs)
+        a, b = inputs
+        need_a, need_b = needs_grad(ctx, 2)
+        if need_a and need_b:
+            save(ctx, a, b)
+        else:
+            save(ctx, a if need_b else None, b if need_a else None)
+            ctx.shapes = a.shape, b.shape
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        return multiply_gradients.backward(ctx.needs_input_grad, grad_y, a, b)
+        return multiply_gradients.backward(ctx, grad_y)
 
     @staticmethod
     def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None) -> Tensor:
@@ -123,8 +128,7 @@ class Maximum(Gate):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        return maximum_gradients.backward(ctx.needs_input_grad, grad_y, a, b)
+        return maximum_gradients.backward(ctx, grad_y)
 
     @staticmethod
     def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None) -> Tensor:

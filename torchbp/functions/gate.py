@@ -27,7 +27,7 @@ from .table import ROWS, Row
 
 __all__ = [
     "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
-    "call", "eager", "fast_backward", "is_traced", "plain", "raw",
+    "call", "eager", "fast_backward", "is_traced", "needs_grad", "plain", "raw",
     "requires_grad", "save", "sum_to", "unused",
 ]  # fmt: skip
 
@@ -129,6 +129,18 @@ def _forward_over_forward() -> bool:
     """
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == _JVP for level in stack) > 1
+
+
+def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
+    """Which of the first inputs get a gradient, as `setup_context` asks.
+
+    What only the others' gradients read is not saved, as in PyTorch: it takes no memory, and may be
+    changed in place before backward. All of them do where the tracer, a transform or forward mode
+    is at work, each of which knows better what it needs.
+    """
+    if is_traced() or forward_ad._current_level >= 0 or _functorch_active():
+        return (True,) * count
+    return ctx.needs_input_grad[:count]  # type: ignore[no-any-return]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -406,19 +418,30 @@ class TwoInputs:
         self.both = raw(f"{name}_backward")
         self.one = raw(f"{name}_backward_a"), raw(f"{name}_backward_b")
 
-    def backward(
-        self, needs: tuple[bool, bool], dy: Tensor, a: Tensor, b: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(da, db), None where not needed: by kernel, or from the row's text if differentiated."""
-        need_a, need_b = needs
-        if fast_backward(dy):
-            if need_a and need_b:
-                return self.both(dy, a, b)
+    def backward(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(da, db), None where not needed: by kernel, or from the row's text if differentiated.
+
+        ctx has saved a and b. In the place of one that no needed column reads it may have saved
+        None, and then keeps `shapes`.
+        """
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        fast = fast_backward(dy)
+        if fast and need_a and need_b:
+            return self.both(dy, a, b)
+        shape_a, shape_b = ctx.shapes if a is None or b is None else (a.shape, b.shape)
+        if fast:
+            # For what it does not read the kernel takes anything of the gradient's shape.
             one_a, one_b = self.one
-            return one_a(dy, a, b) if need_a else None, one_b(dy, a, b) if need_b else None
-        da = sum_to(self.row.evaluate("da", dy=dy, a=a, b=b), a.shape) if need_a else None
-        db = sum_to(self.row.evaluate("db", dy=dy, a=a, b=b), b.shape) if need_b else None
-        return da, db
+            a, b = dy if a is None else a, dy if b is None else b
+            da, db = one_a(dy, a, b) if need_a else None, one_b(dy, a, b) if need_b else None
+        else:
+            da = self.row.evaluate("da", dy=dy, a=a, b=b) if need_a else None
+            db = self.row.evaluate("db", dy=dy, a=a, b=b) if need_b else None
+        return (
+            None if da is None else sum_to(da, shape_a),
+            None if db is None else sum_to(db, shape_b),
+        )
 
     def jvp(self, inputs: tuple[Tensor, Tensor], a_t: Tensor | None, b_t: Tensor | None) -> Tensor:
         """The tangent of y: the same columns, with the inputs' tangents for dy."""

@@ -202,24 +202,33 @@ class Eager(Function):
     def forward(ctx: Any, x: Tensor, layers: int, activation: str, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
         y, *saved = _mlp(x, weights, biases, *ACTIVATIONS[activation].arguments)
-        ctx.save_for_backward(x, *weights, *saved)
-        # The gradient takes no biases: only its own does, which wants them as they were, and that
-        # they are changed before backward is no error, as it is none in PyTorch.
-        ctx.rest = layers, activation, biases, [*map(_version, biases)]
+        # The gradients read no biases, and the first weights only for dL/dx: only a gradient of
+        # theirs does, which wants them as they were, and that they are changed before backward is
+        # no error, as it is none in PyTorch.
+        if ctx.needs_input_grad[0]:
+            unread = biases
+            ctx.save_for_backward(x, *weights, *saved)
+        else:
+            unread = weights[:1] + biases
+            ctx.save_for_backward(x, *weights[1:], *saved)
+        ctx.rest = layers, activation, unread, [*map(_version, unread)]
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        layers, activation, biases, versions = ctx.rest
+        layers, activation, unread, versions = ctx.rest
+        biases = unread
+        if not ctx.needs_input_grad[0]:
+            tensors, biases = [unread[0], *tensors], unread[1:]
         described = layers, activation, ctx.needs_input_grad
         if fast_backward(grad_y):
             return fused_gradients(*described, grad_y, x, tensors)
         if torch.is_grad_enabled():  # the hidden layers once more, on record
-            if versions != [*map(_version, biases)]:
+            if versions != [*map(_version, unread)]:
                 raise RuntimeError(
-                    "mlp: a bias was changed in place since forward, and the gradient of the "
-                    "gradient needs it as it was"
+                    "mlp: a bias, or the first weight, was changed in place since forward, and the "
+                    "gradient of the gradient needs it as it was"
                 )
             weights = tensors[:layers]
             _, *saved = MLP.apply(x, layers, activation, *weights, *biases)

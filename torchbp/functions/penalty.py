@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import check
 from .arithmetic import Multiply, Scale
-from .gate import Gate, raw, save
+from .gate import Gate, needs_grad, raw, save
 
 __all__ = ["L2Penalty"]
 
@@ -33,7 +33,8 @@ class L2Penalty(Gate):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        save(ctx, *inputs)
+        needs = needs_grad(ctx, len(inputs))
+        save(ctx, *(t if need else None for t, need in zip(inputs, needs, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
 from . import activations, check
 from .gate import (
@@ -21,16 +22,21 @@ from .gate import (
     Gate,
     auxiliary,
     below,
+    call,
+    eager,
     fast_backward,
     is_traced,
+    needs_grad,
+    plain,
     raw,
+    requires_grad,
     save,
     sum_to,
     unused,
 )
 from .table import ROWS
 
-__all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout"]
+__all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "linear_output"]
 
 _matmul = below(torch.matmul)
 _linear, _linear_backward = raw("linear"), raw("linear_backward")
@@ -49,8 +55,14 @@ class Activation:
         #: What the raw operations take.
         self.arguments: tuple[str, float] = name, self.parameter[0] if self.parameter else 0.0
 
-    def backward(self, grad_y: Tensor, saved: Tensor) -> Tensor:
-        """dL/dz from dL/dy and the saved z or y."""
+    def saved(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """Which of the two its gradient reads, None where it reads neither."""
+        if self.gradient is None:
+            return None
+        return z if self.saves_x else y
+
+    def backward(self, grad_y: Tensor, saved: Tensor | None) -> Tensor:
+        """dL/dz from dL/dy and the saved z or y, differentiable again."""
         if self.gradient is None:
             return grad_y
         return self.gradient.apply(grad_y, saved, *self.parameter)
@@ -92,16 +104,21 @@ class MatMul(Gate):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        save(ctx, *inputs)
+        x, w = inputs
+        need_x, need_w = needs_grad(ctx, 2)
+        save(ctx, x if need_w else None, w if need_x else None)
+        ctx.shapes = x.shape, w.shape
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
+        shape_x, shape_w = ctx.shapes
         grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            grad_x = sum_to(MatMul.apply(grad_y, w.mT), x.shape)  # dL/dy w^T
-        if ctx.needs_input_grad[1]:
-            grad_w = sum_to(MatMul.apply(x.mT, grad_y), w.shape)  # x^T dL/dy
+        need_x, need_w = ctx.needs_input_grad
+        if need_x:
+            grad_x = sum_to(MatMul.apply(grad_y, w.mT), shape_x)  # dL/dy w^T
+        if need_w:
+            grad_w = sum_to(MatMul.apply(x.mT, grad_y), shape_w)  # x^T dL/dy
         return grad_x, grad_w
 
     @staticmethod
@@ -126,15 +143,29 @@ class MatMul(Gate):
 
 
 def affine_gradients(
-    grad_z: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    grad_z: Tensor, x: Tensor | None, weight: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of z = x W^T + b, from operations that can be differentiated again."""
-    n = math.prod(x.shape[:-1])  # not -1: the other size may be 0
-    rows = grad_z.reshape(n, weight.shape[0])
-    grad_x = MatMul.apply(rows, weight).reshape(x.shape) if needs[0] else None
-    grad_weight = MatMul.apply(rows.mT, x.reshape(n, weight.shape[1])) if needs[1] else None
+    """The gradients of z = x W^T + b, from operations that can be differentiated again.
+
+    dL/dW alone reads x, and dL/dx alone W.
+    """
+    rows = matrix(grad_z)
+    grad_x = grad_weight = None
+    if needs[0]:
+        grad_x = MatMul.apply(rows, weight)
+    if needs[1]:
+        assert x is not None
+        grad_weight = MatMul.apply(rows.mT, matrix(x))
+    if grad_x is not None and grad_z.dim() != 2:
+        grad_x = grad_x.reshape(*grad_z.shape[:-1], grad_x.shape[1])
     grad_bias = rows.sum(0) if needs[2] else None
     return grad_x, grad_weight, grad_bias
+
+
+def matrix(t: Tensor) -> Tensor:
+    """A tensor's leading dimensions as one."""
+    # math.prod and not -1, as the last size may be 0.
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def check_affine(
@@ -183,15 +214,20 @@ class Linear(Gate):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, activation = inputs
+        x, weight, _, ctx.activation = inputs
         y, z = output
-        ctx.activation = activation
-        saves_x = ACTIVATIONS[activation].saves_x
-        if saves_x:
+        activation = ACTIVATIONS[ctx.activation]
+        if activation.saves_x:
             auxiliary(ctx, z)
         else:
             auxiliary(ctx, constant=(z,))
-        save(ctx, x, weight, z if saves_x else y)
+        need_x, need_weight = needs_grad(ctx, 2)
+        save(
+            ctx,
+            x if need_weight else None,
+            weight if need_x else None,
+            activation.saved(z, y),
+        )
 
     @staticmethod
     def backward(
@@ -199,8 +235,8 @@ class Linear(Gate):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, saved = ctx.saved_tensors
         activation = ACTIVATIONS[ctx.activation]
-        needs = ctx.needs_input_grad[:3]
         if unused(grad_z) and grad_y is not None and fast_backward(grad_y):
+            needs = ctx.needs_input_grad[:3]
             grads = _linear_backward(grad_y, x, weight, saved, *activation.arguments, *needs)
             return *(g if need else None for g, need in zip(grads, needs, strict=True)), None  # type: ignore[return-value]
         total = grad_z
@@ -209,7 +245,7 @@ class Linear(Gate):
             total = through if total is None else total + through
         if total is None:
             return None, None, None, None
-        return *affine_gradients(total, x, weight, needs), None
+        return *affine_gradients(total, x, weight, ctx.needs_input_grad[:3]), None
 
     @staticmethod
     def jvp(
@@ -217,7 +253,7 @@ class Linear(Gate):
     ) -> tuple[Tensor, Tensor | None]:
         x, weight, saved = ctx.saved_tensors
         activation = ACTIVATIONS[ctx.activation]
-        z_t = torch.zeros_like(saved)
+        z_t = x.new_zeros(*x.shape[:-1], weight.shape[0])
         if x_t is not None:
             z_t = z_t + torch.matmul(x_t, weight.mT)
         if weight_t is not None:
@@ -237,6 +273,43 @@ class Linear(Gate):
     ) -> tuple[Tensor, Tensor]:
         z = torch.nn.functional.linear(x, weight, bias)
         return ACTIVATIONS[activation].formula(z), z
+
+
+class Eager(Function):
+    """Linear's y in plain eager mode, where the gradient of its activation reads no z: there y is
+    the only output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> Tensor:
+        y, z = Linear.forward(x, weight, bias, activation)
+        ctx.activation = activation
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_weight else None,
+            weight if need_x else None,
+            ACTIVATIONS[activation].saved(z, y),
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return Linear.backward(ctx, grad_y, None)
+
+
+_apply_eager = eager(Eager, Linear)
+_EAGER = [name for name, activation in ACTIVATIONS.items() if not activation.saves_x]
+
+
+def linear_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """The y of Linear, the fastest way."""
+    inputs = x, weight, bias, activation
+    if plain() and activation in _EAGER and requires_grad(inputs):
+        return _apply_eager(*inputs)  # type: ignore[no-any-return]
+    return call(Linear, *inputs)[0]  # type: ignore[no-any-return]
 
 
 class Maxout(Gate):
@@ -270,7 +343,9 @@ class Maxout(Gate):
         x, weight, _ = inputs
         _, index = output
         auxiliary(ctx, constant=(index,))
-        save(ctx, x, weight, index)
+        need_x, need_weight = needs_grad(ctx, 2)
+        save(ctx, x if need_weight else None, weight if need_x else None, index)
+        ctx.shape = weight.shape
 
     @staticmethod
     def backward(
@@ -279,21 +354,21 @@ class Maxout(Gate):
         if grad_y is None:
             return None, None, None
         x, weight, index = ctx.saved_tensors
-        pieces, flat = weight.shape[0], math.prod(weight.shape[:2])
+        pieces, out, _ = ctx.shape
         if fast_backward(grad_y):
             grad_z = _max_pieces_backward(grad_y, index, pieces)
         else:
             grad_z = torch.where(won(index, pieces), grad_y.unsqueeze(-2), 0)
         grad_x, grad_weight, grad_bias = affine_gradients(
-            grad_z,
+            grad_z.reshape(*grad_z.shape[:-2], pieces * out),
             x,
-            weight.reshape(flat, weight.shape[2]),
+            None if weight is None else weight.flatten(0, 1),
             ctx.needs_input_grad,
         )
         return (
             grad_x,
-            None if grad_weight is None else grad_weight.view(weight.shape),
-            None if grad_bias is None else grad_bias.view(weight.shape[:2]),
+            None if grad_weight is None else grad_weight.view(ctx.shape),
+            None if grad_bias is None else grad_bias.view(pieces, out),
         )
 
     @staticmethod

@@ -55,13 +55,14 @@ def _fake_linear(
 
 
 def _fake_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, parameter: float,
-    need_x: bool, need_weight: bool, need_bias: bool,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, saved: Tensor | None, activation: str,
+    parameter: float, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *leading, out = dy.shape
     return (
-        x.new_empty(x.shape) if need_x else _nothing(x),
-        weight.new_empty(weight.shape) if need_weight else _nothing(x),
-        weight.new_empty(weight.shape[0]) if need_bias else _nothing(x),
+        dy.new_empty(*leading, weight.shape[1]) if need_x else _nothing(dy),  # type: ignore[union-attr]
+        dy.new_empty(out, x.shape[-1]) if need_weight else _nothing(dy),  # type: ignore[union-attr]
+        dy.new_empty(out) if need_bias else _nothing(dy),
     )
 
 

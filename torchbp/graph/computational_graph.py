@@ -680,6 +680,8 @@ class ComputationalGraph:
 class _Context:
     """What a Function's setup_context and backward find in place of autograd's ctx."""
 
+    next_functions = ()  # no engine runs it
+
     def __init__(self, operands: int) -> None:
         self.needs_input_grad = (True,) * operands
         self.saved_tensors: tuple[Tensor, ...] = ()

@@ -28,7 +28,7 @@ from .table import ROWS, Row
 __all__ = [
     "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
     "call", "eager", "fast_backward", "is_traced", "needs_grad", "plain", "raw",
-    "requires_grad", "save", "sum_to", "unused",
+    "requires_grad", "save", "sum_to", "unused", "wanted",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -40,6 +40,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _JVP = torch._C._functorch.TransformType.Jvp
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
+_will_execute = torch._C._will_engine_execute_node
 
 #: What bad input raises somewhere below, of which `check` says better what is wrong.
 _REFUSALS = RuntimeError, TypeError, LookupError, AttributeError, OverflowError
@@ -97,6 +98,45 @@ def fast_backward(grad: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or _is_batched(grad)
     )
+
+
+#: Of a product with fewer results a gradient takes less time than to ask whether it is wanted.
+MANY = 1 << 13
+
+
+def wanted(ctx: Any, size: int = MANY) -> tuple[bool, ...]:
+    """Of which inputs the backward that is running wants the gradient.
+
+    Of those that require grad, as `ctx.needs_input_grad` has them, the ones on the way to what it
+    was asked for: `torch.autograd.grad(y, x)` wants no gradient of a weight. This is looked up
+    where the first input, x, requires grad (parameters alone are asked for together), and where the
+    `size` of the upstream gradient, if given, is worth it.
+    """
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    if not needs[0] or size < MANY or is_traced() or _functorch_active():
+        return needs
+    nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for each True
+    if len(nodes) < 2:
+        return needs
+    first, *others = nodes
+    try:
+        found = [*map(_will_execute, others)]
+        # Without others it is what this backward is for, and need not be asked.
+        found.insert(0, not any(found) or _will_execute(first))
+    except RuntimeError:  # a leaf that autograd.grad was asked for; or no engine is running
+        found = [*map(_may_execute, nodes)]
+    if all(found):
+        return needs
+    flags = iter(found)
+    return tuple(need and next(flags) for need in needs)
+
+
+def _may_execute(node: Any) -> bool:
+    """Whether the running backward goes through a node, or might."""
+    try:
+        return _will_execute(node)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return True
 
 
 def auxiliary(ctx: Any, *outputs: Tensor, constant: tuple[Tensor, ...] = ()) -> None:

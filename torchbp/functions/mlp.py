@@ -22,6 +22,7 @@ from .gate import (
     requires_grad,
     save,
     unused,
+    wanted,
 )
 from .products import ACTIVATIONS, affine_gradients, check_affine
 
@@ -72,7 +73,7 @@ class MLP(Gate):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *grad_saved: Tensor | None) -> Any:
         x, *tensors = ctx.saved_tensors
-        described = ctx.layers, ctx.activation, ctx.needs_input_grad
+        described = ctx.layers, ctx.activation, wanted(ctx)
         if grad_y is not None and unused(*grad_saved) and fast_backward(grad_y):
             return fused_gradients(*described, grad_y, x, tensors)
         return gradients(*described, grad_y, grad_saved, x, tensors)
@@ -221,7 +222,7 @@ class Eager(Function):
         biases = unread
         if not ctx.needs_input_grad[0]:
             tensors, biases = [unread[0], *tensors], unread[1:]
-        described = layers, activation, ctx.needs_input_grad
+        described = layers, activation, wanted(ctx)
         if fast_backward(grad_y):
             return fused_gradients(*described, grad_y, x, tensors)
         if torch.is_grad_enabled():  # the hidden layers once more, on record

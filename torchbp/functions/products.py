@@ -33,6 +33,7 @@ from .gate import (
     save,
     sum_to,
     unused,
+    wanted,
 )
 from .table import ROWS
 
@@ -114,7 +115,7 @@ class MatMul(Gate):
         x, w = ctx.saved_tensors
         shape_x, shape_w = ctx.shapes
         grad_x = grad_w = None
-        need_x, need_w = ctx.needs_input_grad
+        need_x, need_w = wanted(ctx, grad_y.numel())
         if need_x:
             grad_x = sum_to(MatMul.apply(grad_y, w.mT), shape_x)  # dL/dy w^T
         if need_w:
@@ -236,7 +237,7 @@ class Linear(Gate):
         x, weight, saved = ctx.saved_tensors
         activation = ACTIVATIONS[ctx.activation]
         if unused(grad_z) and grad_y is not None and fast_backward(grad_y):
-            needs = ctx.needs_input_grad[:3]
+            needs = wanted(ctx, grad_y.numel())[:3]
             grads = _linear_backward(grad_y, x, weight, saved, *activation.arguments, *needs)
             return *(g if need else None for g, need in zip(grads, needs, strict=True)), None  # type: ignore[return-value]
         total = grad_z
@@ -245,7 +246,7 @@ class Linear(Gate):
             total = through if total is None else total + through
         if total is None:
             return None, None, None, None
-        return *affine_gradients(total, x, weight, ctx.needs_input_grad[:3]), None
+        return *affine_gradients(total, x, weight, wanted(ctx)[:3]), None
 
     @staticmethod
     def jvp(
@@ -363,7 +364,7 @@ class Maxout(Gate):
             grad_z.reshape(*grad_z.shape[:-2], pieces * out),
             x,
             None if weight is None else weight.flatten(0, 1),
-            ctx.needs_input_grad,
+            wanted(ctx, grad_y.numel()),
         )
         return (
             grad_x,

@@ -424,6 +424,67 @@ def tracing(name: str, quick: bool) -> Case:
     return Case(name, about, contestants, {TORCH: 1 / 20})
 
 
+PHYSICS, POINTS, VISCOSITY = [2, 64, 64, 64, 1], 256, 0.01
+
+
+def burgers(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """How well u = network(x, t) solves Burgers' equation: the mean of (u_t + u u_x - v u_xx)^2."""
+
+    def loss(points: Tensor, *parameters: Tensor) -> Tensor:
+        u = network(points, *parameters)
+        (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        (bend,) = torch.autograd.grad(slope[:, 0].sum(), points, create_graph=True)
+        residual = slope[:, 1] + u.squeeze(1) * slope[:, 0] - VISCOSITY * bend[:, 0]
+        return residual.square().mean()
+
+    return loss
+
+
+def physics(name: str, quick: bool) -> Case:
+    """Derivatives of derivatives: the loss of a physics-informed network, and its gradients."""
+    layers = [*network(PHYSICS)][::2]
+    points = torch.randn(POINTS, PHYSICS[0])
+    leaves = [points, *(p.detach() for layer in layers for p in layer.parameters())]
+
+    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
+        return F.mlp(x, parameters[::2], parameters[1::2], "tanh")
+
+    def theirs(x: Tensor, *parameters: Tensor) -> Tensor:
+        *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
+        for weight, bias in hidden:
+            x = torch.tanh(nn.functional.linear(x, weight, bias))
+        return nn.functional.linear(x, *last)
+
+    def in_jax_too() -> Contestant:
+        import jax
+        import jax.numpy as jnp
+
+        def u(point: Any, parameters: Sequence[Any]) -> Any:
+            *hidden, (weight, bias) = zip(parameters[::2], parameters[1::2], strict=True)
+            for w, b in hidden:
+                point = jnp.tanh(w @ point + b)
+            return (weight @ point + bias)[0]
+
+        def residual(point: Any, parameters: Sequence[Any]) -> Any:
+            slope = jax.grad(u)
+            x, t = slope(point, parameters)
+            bend = jax.grad(lambda p: slope(p, parameters)[0])(point)[0]
+            return t + u(point, parameters) * x - VISCOSITY * bend
+
+        def loss(points: Any, *parameters: Any) -> Any:
+            return (jax.vmap(residual, (0, None))(points, parameters) ** 2).mean()
+
+        return differentiated_jax(loss, leaves)
+
+    about = f"loss of Burgers' equation, with u_xx, and its gradients, {PHYSICS} at {POINTS} points"
+    contestants = {
+        OURS: lambda: differentiated(burgers(ours), leaves),
+        TORCH: lambda: differentiated(burgers(theirs), leaves),
+        JAX: in_jax_too,
+    }
+    return Case(name, about, contestants)
+
+
 # ---- Training steps
 
 RATE, MOMENTUM = 0.002, 0.9  # so small a rate that rounding does not grow in a thousand steps
@@ -1006,6 +1067,7 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
     "tiny_step": lambda name, quick: steps(name, FUSED, TINY, 32, 1, True, torch=12, jax=5),
     "wide_autograd": lambda name, quick: steps(name, AUTOGRAD, WIDE, 128, 1, False, torch=1.1),
     "wide_step": lambda name, quick: steps(name, FUSED, WIDE, 128, 1, True, torch=1.2),
+    "physics": physics,
     "loop_40": lambda name, quick: loop(name, 40, quick, 3),
     "loop_160": lambda name, quick: loop(name, 160, quick, 1.3),
     "batches": batches,

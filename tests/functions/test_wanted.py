@@ -142,3 +142,18 @@ def test_mlp_is_told() -> None:
     with Flags() as flags:
         F.mlp(x, [w1, w2], activation="tanh").sum().backward()
     assert flags.seen == [True, [True, True], []]
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["once", "again"])
+@pytest.mark.parametrize("name", OURS_AND_THEIRS)
+def test_autocast_around_backward_rounds_nothing(name: str, record: bool) -> None:
+    """It has had its turn in forward, which here ran without."""
+    ours, _, shapes = OURS_AND_THEIRS[name]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y = ours(*inputs)
+    upstream = torch.randn(y.shape)
+    wanted = torch.autograd.grad(y, inputs, upstream, create_graph=record, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(y, inputs, upstream, create_graph=record)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(mine, theirs)

@@ -29,6 +29,7 @@ KINDS = [
     "linear_relu_bf16",
     "tiny_autograd",
     "tiny_step",
+    "physics",
     "loop_40",
     "batches",
     "cifar_epoch",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from .table import ROWS, Row
 
 __all__ = [
     "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
-    "call", "eager", "fast_backward", "is_traced", "needs_grad", "plain", "raw",
+    "call", "eager", "fast_backward", "is_traced", "needs_grad", "past_autocast", "plain", "raw",
     "requires_grad", "save", "sum_to", "unused", "wanted",
 ]  # fmt: skip
 
@@ -54,7 +55,8 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
 
 
 # Inside a Function an operation is plain arithmetic: autograd and autocast have had their turn.
-_SETTLED = _keys("AutogradFunctionality", "AutogradOther", "AutocastCPU", "AutocastCUDA")
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
+_SETTLED = _keys("AutogradFunctionality", "AutogradOther") | _AUTOCAST
 
 
 def below(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,17 +71,22 @@ def below(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def past_autocast() -> AbstractContextManager[Any]:
+    """A context for what a backward leaves to PyTorch's operations, autograd included."""
+    return _Exclude(_AUTOCAST) if any_autocast() else nullcontext()
+
+
 def raw(name: str) -> Callable[..., Any]:
     """The operation `torch.ops.torchbp.NAME` as a Function calls it.
 
-    Where nothing traces or transforms, that is its twin in `torch.ops.torchbp_kernels`, which has
-    no autograd and no autocast to get past: the guard of `below` costs as much as a small kernel.
+    Where nothing traces, transforms or casts, that is its twin in `torch.ops.torchbp_kernels`,
+    which has no autograd to get past: the guard of `below` costs as much as a small kernel.
     """
     op = below(getattr(torch.ops.torchbp, name).default)
     kernel = getattr(torch.ops.torchbp_kernels, name).default._op
 
     def run(*args: Any) -> Any:
-        if is_traced() or _functorch_active() or _dispatch_modes():
+        if is_traced() or _functorch_active() or _dispatch_modes() or any_autocast():
             return op(*args)
         return kernel(*args)
 
@@ -328,7 +335,8 @@ def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
 
     There it may do what saves time and a transform would not see: its `forward` has a ctx and
     returns the first output alone, so that what else backward needs is no output (each costs a
-    microsecond or two). Whatever differentiates its gradient goes through the Gate.
+    microsecond or two). Whatever differentiates its gradient goes through the Gate, or through
+    PyTorch's operations.
     """
     # What error messages, profiles and computational graphs show.
     function.__name__ = function.__qualname__ = gate.__name__

@@ -17,6 +17,7 @@ from .gate import (
     call,
     eager,
     fast_backward,
+    past_autocast,
     plain,
     raw,
     requires_grad,
@@ -196,7 +197,7 @@ def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 class Eager(Function):
     """MLP's y in plain eager mode: what backward needs of the hidden layers is saved and no output.
 
-    Whatever differentiates the gradient itself goes through MLP.
+    Whatever differentiates the gradient itself goes through PyTorch's operations.
     """
 
     @staticmethod
@@ -232,7 +233,8 @@ class Eager(Function):
                     "gradient of the gradient needs it as it was"
                 )
             weights = tensors[:layers]
-            _, *saved = MLP.apply(x, layers, activation, *weights, *biases)
+            with past_autocast():
+                _, *saved = MLP.formula(x, layers, activation, *weights, *biases)
             tensors = [*weights, *saved]
         return gradients(*described, grad_y, [None] * len(tensors), x, tensors)
 

@@ -9,6 +9,7 @@ Maxout's forward, are torchbp's wherever its kernels take them (csrc/ops.h).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .gate import (
     fast_backward,
     is_traced,
     needs_grad,
+    past_autocast,
     plain,
     raw,
     requires_grad,
@@ -42,6 +44,17 @@ __all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "linear_output"]
 _matmul = below(torch.matmul)
 _linear, _linear_backward = raw("linear"), raw("linear_backward")
 _max_pieces, _max_pieces_backward = raw("max_pieces"), raw("max_pieces_backward")
+
+_aten: Any = torch.ops.aten
+#: dL/dz from dL/dy, the saved y or z and the parameter by PyTorch, whose operations cost less than
+#: a Function each where they are differentiated again, as often as somebody likes.
+_DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda grad_y, y: _aten.threshold_backward(grad_y, y, 0),
+    "leaky_relu": lambda grad_y, z, slope: _aten.leaky_relu_backward(grad_y, z, slope, False),
+    "elu": lambda grad_y, z, alpha: _aten.elu_backward(grad_y, alpha, 1, 1, False, z),
+    "sigmoid": _aten.sigmoid_backward,
+    "tanh": _aten.tanh_backward,
+}
 
 
 class Activation:
@@ -66,7 +79,8 @@ class Activation:
         """dL/dz from dL/dy and the saved z or y, differentiable again."""
         if self.gradient is None:
             return grad_y
-        return self.gradient.apply(grad_y, saved, *self.parameter)
+        backward = _DIFFERENTIABLE.get(self.name, self.gradient.apply)
+        return backward(grad_y, saved, *self.parameter)
 
     def formula(self, z: Tensor) -> Tensor:
         """y = f(z) from PyTorch's own operations."""
@@ -152,11 +166,13 @@ def affine_gradients(
     """
     rows = matrix(grad_z)
     grad_x = grad_weight = None
-    if needs[0]:
-        grad_x = MatMul.apply(rows, weight)
-    if needs[1]:
-        assert x is not None
-        grad_weight = MatMul.apply(rows.mT, matrix(x))
+    with past_autocast():
+        if needs[0]:
+            assert weight is not None
+            grad_x = torch.mm(rows, weight)
+        if needs[1]:
+            assert x is not None
+            grad_weight = torch.mm(rows.mT, matrix(x))
     if grad_x is not None and grad_z.dim() != 2:
         grad_x = grad_x.reshape(*grad_z.shape[:-1], grad_x.shape[1])
     grad_bias = rows.sum(0) if needs[2] else None

@@ -454,6 +454,13 @@ add(
     "backward uses the output y",
     unsupported=frozenset({"forward-mode", "vmap", *FUNC}),
 )
+add(
+    "a view as output",
+    change(Sine, forward=lambda x: x.sin().view_as(x)),
+    set(),
+    "",
+    unsupported=frozenset({"later-changes"}),
+)
 add("a global list", change(Sine, forward=keeping), {"leak"}, "nothing gives back")
 add(
     "another function than the reference",

@@ -62,6 +62,14 @@ def test_a_fault_fails_its_rows_and_no_others(name: str) -> None:
     assert all(row.name in text for row in report)
 
 
+def test_an_output_that_is_a_view_is_named() -> None:
+    """Autograd lets nobody change it in place: `y += 1` raises, as for no operation of PyTorch."""
+    fn = BROKEN["a view as output"].fn
+    row = report_of(fn, torch.randn(3), checks=["later-changes"])["later-changes"]
+    assert row.status == "not supported"
+    assert "the output y is a view, which nobody may change in place" in row.text
+
+
 def test_each_check_has_a_fault() -> None:
     assert set().union(*(broken.fails for broken in BROKEN.values())) == set(CHECKS)
 

@@ -915,7 +915,6 @@ def _mutation(s: Subject) -> str | None:
 def _later(s: Subject) -> str | None:
     _wants_gradient(s, wide=False)
     truth = s.truth()
-    seen = []
     for what in ("input", "output"):
         for k in range(len(s.where) if what == "input" else len(truth.outputs)):
             leaves = s.leaves()
@@ -933,8 +932,12 @@ def _later(s: Subject) -> str | None:
                 with torch.no_grad():
                     changed.mul_(-1.5).sub_(0.25)
                 grads = torch.autograd.grad(live, wanted, upstream, allow_unused=True)
-            except RuntimeError:
-                seen.append(what)
+            except RuntimeError as error:
+                if what == "output" and " is a view " in str(error):
+                    raise Unsupported(
+                        f"the output {truth.names[k]} is a view, which nobody may change in place: "
+                        "return a tensor of its own"
+                    ) from error
                 continue
             name = s.names[s.where[k]] if what == "input" else truth.names[k]
             found = s.differences(Ran(truth.outputs, truth.names, list(grads)), truth)

@@ -87,10 +87,10 @@ class Multiply(Gate):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         a, b = inputs
-        need_a, need_b = needs_grad(ctx, 2)
-        if need_a and need_b:
+        if a.requires_grad and b.requires_grad:
             save(ctx, a, b)
         else:
+            need_a, need_b = needs_grad(ctx, 2)
             save(ctx, a if need_b else None, b if need_a else None)
             ctx.shapes = a.shape, b.shape
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain, combinations
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchbp.functional as F
 from tests.compare import assert_same
+from tests.peers import CASES, subsets
 from torchbp.functions import gate
-
-TF = torch.nn.functional
 
 
 @pytest.fixture(autouse=True)
@@ -38,45 +36,22 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def two_layers(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
-    return TF.linear(torch.tanh(TF.linear(x, w1, b1)), w2, b2)
-
-
-OURS_AND_THEIRS: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
-    "matmul": (F.matmul, torch.matmul, [(5, 3), (3, 4)]),
-    "linear": (F.linear, TF.linear, [(5, 3), (4, 3), (4,)]),
-    "linear with elu": (
-        lambda x, w, b: F.linear(x, w, b, "elu"),
-        lambda x, w, b: TF.elu(TF.linear(x, w, b)),
-        [(5, 3), (4, 3), (4,)],
-    ),
-    "maxout": (
-        F.maxout,
-        lambda x, w, b: (torch.einsum("ni,poi->npo", x, w) + b).amax(1),
-        [(5, 3), (2, 4, 3), (2, 4)],
-    ),
-    "mlp": (
-        lambda x, w1, w2, b1, b2: F.mlp(x, [w1, w2], [b1, b2], "tanh"),
-        two_layers,
-        [(5, 3), (4, 3), (2, 4), (4,), (2,)],
-    ),
+PRODUCTS = {
+    case.name: case
+    for case in CASES
+    if case.name in ("matmul", "linear", "linear with elu", "maxout", "mlp")
 }
 
 
-def choices(count: int) -> list[tuple[int, ...]]:
-    """Each choice of some of `count` inputs."""
-    return list(chain.from_iterable(combinations(range(count), k) for k in range(1, count + 1)))
-
-
 @pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "computed"])
-@pytest.mark.parametrize("name", OURS_AND_THEIRS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_what_is_asked_for_is_right(name: str, leaves: bool) -> None:
     """By autograd.grad, also of the gradient, and by backward with `inputs`."""
-    ours, theirs, shapes = OURS_AND_THEIRS[name]
+    _, ours, theirs, shapes = PRODUCTS[name]
     inputs = [randn(*shape) for shape in shapes]
     at = inputs if leaves else [t * 1 for t in inputs]
     mine, wanted = ours(*at), theirs(*at)
-    for which in choices(len(shapes)):
+    for which in subsets(len(shapes)):
         asked = [at[i] for i in which]
         first, second = (
             torch.autograd.grad(y.square().sum(), asked, create_graph=True) for y in (mine, wanted)
@@ -145,10 +120,10 @@ def test_mlp_is_told() -> None:
 
 
 @pytest.mark.parametrize("record", [False, True], ids=["once", "again"])
-@pytest.mark.parametrize("name", OURS_AND_THEIRS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_autocast_around_backward_rounds_nothing(name: str, record: bool) -> None:
     """It has had its turn in forward, which here ran without."""
-    ours, _, shapes = OURS_AND_THEIRS[name]
+    _, ours, _, shapes = PRODUCTS[name]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     y = ours(*inputs)
     upstream = torch.randn(y.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .check import number
-from .gate import Gate, TwoInputs, backward_of, needs_grad, raw, save, sum_to
+from .gate import Gate, TwoInputs, backward_of, factors, raw, save, sum_to
 
 __all__ = ["Add", "Exp", "Maximum", "Multiply", "Reciprocal", "Scale", "Shift"]
 
@@ -90,8 +90,7 @@ class Multiply(Gate):
         if a.requires_grad and b.requires_grad:
             save(ctx, a, b)
         else:
-            need_a, need_b = needs_grad(ctx, 2)
-            save(ctx, a if need_b else None, b if need_a else None)
+            save(ctx, *factors(ctx, a, b))
             ctx.shapes = a.shape, b.shape
 
     @staticmethod

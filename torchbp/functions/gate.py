@@ -28,8 +28,8 @@ from .table import ROWS, Row
 
 __all__ = [
     "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
-    "call", "eager", "fast_backward", "is_traced", "needs_grad", "past_autocast", "plain", "raw",
-    "requires_grad", "save", "sum_to", "unused", "wanted",
+    "call", "eager", "factors", "fast_backward", "is_traced", "needs_grad", "past_autocast",
+    "plain", "raw", "requires_grad", "save", "sum_to", "unused", "wanted",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -188,6 +188,12 @@ def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
     if is_traced() or forward_ad._current_level >= 0 or _functorch_active():
         return (True,) * count
     return ctx.needs_input_grad[:count]  # type: ignore[no-any-return]
+
+
+def factors(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Two inputs of which each one's gradient reads the other: what is to be saved of them."""
+    need_a, need_b = needs_grad(ctx, 2)
+    return a if need_b else None, b if need_a else None
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

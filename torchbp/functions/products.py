@@ -25,9 +25,9 @@ from .gate import (
     below,
     call,
     eager,
+    factors,
     fast_backward,
     is_traced,
-    needs_grad,
     past_autocast,
     plain,
     raw,
@@ -120,8 +120,7 @@ class MatMul(Gate):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         x, w = inputs
-        need_x, need_w = needs_grad(ctx, 2)
-        save(ctx, x if need_w else None, w if need_x else None)
+        save(ctx, *factors(ctx, x, w))
         ctx.shapes = x.shape, w.shape
 
     @staticmethod
@@ -238,13 +237,7 @@ class Linear(Gate):
             auxiliary(ctx, z)
         else:
             auxiliary(ctx, constant=(z,))
-        need_x, need_weight = needs_grad(ctx, 2)
-        save(
-            ctx,
-            x if need_weight else None,
-            weight if need_x else None,
-            activation.saved(z, y),
-        )
+        save(ctx, *factors(ctx, x, weight), activation.saved(z, y))
 
     @staticmethod
     def backward(
@@ -302,12 +295,7 @@ class Eager(Function):
     ) -> Tensor:
         y, z = Linear.forward(x, weight, bias, activation)
         ctx.activation = activation
-        need_x, need_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_weight else None,
-            weight if need_x else None,
-            ACTIVATIONS[activation].saved(z, y),
-        )
+        ctx.save_for_backward(*factors(ctx, x, weight), ACTIVATIONS[activation].saved(z, y))
         return y
 
     @staticmethod
@@ -319,9 +307,7 @@ _apply_eager = eager(Eager, Linear)
 _EAGER = [name for name, activation in ACTIVATIONS.items() if not activation.saves_x]
 
 
-def linear_output(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
-) -> Tensor:
+def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """The y of Linear, the fastest way."""
     inputs = x, weight, bias, activation
     if plain() and activation in _EAGER and requires_grad(inputs):
@@ -360,8 +346,7 @@ class Maxout(Gate):
         x, weight, _ = inputs
         _, index = output
         auxiliary(ctx, constant=(index,))
-        need_x, need_weight = needs_grad(ctx, 2)
-        save(ctx, x if need_weight else None, weight if need_x else None, index)
+        save(ctx, *factors(ctx, x, weight), index)
         ctx.shape = weight.shape
 
     @staticmethod

@@ -393,16 +393,21 @@ def gate(name: str, row: str) -> Case:
     )
 
 
+def layered(f: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    """Linear layers with f between them, by PyTorch; parameters: weight and bias of each."""
+    *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
+    for weight, bias in hidden:
+        x = f(nn.functional.linear(x, weight, bias))
+    return nn.functional.linear(x, *last)
+
+
 def tracing(name: str, quick: bool) -> Case:
     """What it costs to see every gate of a network, against its forward and backward alone."""
     leaves = [torch.randn(128, SIZES[0]), *(p.detach() for p in network(SIZES).parameters())]
     target = torch.randint(SIZES[-1], (128,))
 
     def loss(x: Tensor, *parameters: Tensor) -> Tensor:
-        *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
-        for weight, bias in hidden:
-            x = torch.relu(nn.functional.linear(x, weight, bias))
-        return nn.functional.cross_entropy(nn.functional.linear(x, *last), target)
+        return nn.functional.cross_entropy(layered(torch.relu, x, *parameters), target)
 
     def run(mark: Mark) -> Ledger:
         return trace(loss, *leaves)
@@ -442,18 +447,11 @@ def burgers(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def physics(name: str, quick: bool) -> Case:
     """Derivatives of derivatives: the loss of a physics-informed network, and its gradients."""
-    layers = [*network(PHYSICS)][::2]
     points = torch.randn(POINTS, PHYSICS[0])
-    leaves = [points, *(p.detach() for layer in layers for p in layer.parameters())]
+    leaves = [points, *(p.detach() for p in network(PHYSICS).parameters())]
 
     def ours(x: Tensor, *parameters: Tensor) -> Tensor:
         return F.mlp(x, parameters[::2], parameters[1::2], "tanh")
-
-    def theirs(x: Tensor, *parameters: Tensor) -> Tensor:
-        *hidden, last = zip(parameters[::2], parameters[1::2], strict=True)
-        for weight, bias in hidden:
-            x = torch.tanh(nn.functional.linear(x, weight, bias))
-        return nn.functional.linear(x, *last)
 
     def in_jax_too() -> Contestant:
         import jax
@@ -479,7 +477,7 @@ def physics(name: str, quick: bool) -> Case:
     about = f"loss of Burgers' equation, with u_xx, and its gradients, {PHYSICS} at {POINTS} points"
     contestants = {
         OURS: lambda: differentiated(burgers(ours), leaves),
-        TORCH: lambda: differentiated(burgers(theirs), leaves),
+        TORCH: lambda: differentiated(burgers(functools.partial(layered, torch.tanh)), leaves),
         JAX: in_jax_too,
     }
     return Case(name, about, contestants)

@@ -120,7 +120,7 @@ def wanted(ctx: Any, size: int = MANY) -> tuple[bool, ...]:
     `size` of the upstream gradient, if given, is worth it.
     """
     needs: tuple[bool, ...] = ctx.needs_input_grad
-    if not needs[0] or size < MANY or is_traced() or _functorch_active():
+    if not needs[0] or is_traced() or size < MANY or _functorch_active():
         return needs
     nodes = [node for node, _ in ctx.next_functions if node is not None]  # one for each True
     if len(nodes) < 2:

@@ -25,7 +25,7 @@ from .gate import (
     unused,
     wanted,
 )
-from .products import ACTIVATIONS, affine_gradients, check_affine
+from .products import ACTIVATIONS, affine_gradients, arguments, check_affine
 
 __all__ = ["MLP", "mlp_output"]
 
@@ -62,7 +62,7 @@ class MLP(Gate):
 
     @staticmethod
     def forward(x: Tensor, layers: int, activation: str, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_mlp(x, *split(layers, parameters), *ACTIVATIONS[activation].arguments))
+        return tuple(_mlp(x, *split(layers, parameters), *arguments(activation)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -142,7 +142,7 @@ def fused_gradients(
     """What MLP.backward returns, from its kernel; tensors: the weights, then what was saved."""
     need_x, _, _, *needs = needs_input_grad
     grad_x, *grads = _mlp_backward(
-        grad_y, x, tensors[:layers], tensors[layers:], *ACTIVATIONS[activation].arguments,
+        grad_y, x, tensors[:layers], tensors[layers:], *arguments(activation),
         need_x, needs[:layers], needs[layers:],
     )  # fmt: skip
     if not all(needs):
@@ -203,7 +203,7 @@ class Eager(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: int, activation: str, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
-        y, *saved = _mlp(x, weights, biases, *ACTIVATIONS[activation].arguments)
+        y, *saved = _mlp(x, weights, biases, *arguments(activation))
         # The gradients read no biases, and the first weights only for dL/dx: only a gradient of
         # theirs does, which wants them as they were, and that they are changed before backward is
         # no error, as it is none in PyTorch.

@@ -39,7 +39,7 @@ from .gate import (
 )
 from .table import ROWS
 
-__all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "linear_output"]
+__all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "arguments", "linear_output"]
 
 _matmul = below(torch.matmul)
 _linear, _linear_backward = raw("linear"), raw("linear_backward")
@@ -66,8 +66,6 @@ class Activation:
         self.gradient = BACKWARD.get(name)
         self.parameter: tuple[float, ...] = self.gate._defaults if self.gate else ()
         self.saves_x = self.gate is not None and ROWS[name].saves == ("x",)
-        #: What the raw operations take.
-        self.arguments: tuple[str, float] = name, self.parameter[0] if self.parameter else 0.0
 
     def saved(self, z: Tensor, y: Tensor) -> Tensor | None:
         """Which of the two its gradient reads, None where it reads neither."""
@@ -95,6 +93,18 @@ ACTIVATIONS = {
         *(name for name, gate in GATES.items() if gate.__module__ == activations.__name__),
     )
 }
+
+
+def arguments(activation: str) -> tuple[str, float]:
+    """What the raw operations take of an activation: its name and its gate's default parameter."""
+    parameter = ACTIVATIONS[activation].parameter
+    return activation, parameter[0] if parameter else 0.0
+
+
+# A float that torch.compile(dynamic=True) comes across is an input of its graph, of which it loses
+# track from one Function to the next (torch 2.13). What a function marked so returns is none. This
+# is torch.compiler.assume_constant_result, which imports all of torch.compile: two seconds.
+arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class MatMul(Gate):
@@ -226,7 +236,7 @@ class Linear(Gate):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
     ) -> tuple[Tensor, Tensor]:
-        return _linear(x, weight, bias, *ACTIVATIONS[activation].arguments)
+        return _linear(x, weight, bias, *arguments(activation))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -247,7 +257,7 @@ class Linear(Gate):
         activation = ACTIVATIONS[ctx.activation]
         if unused(grad_z) and grad_y is not None and fast_backward(grad_y):
             needs = wanted(ctx, grad_y.numel())[:3]
-            grads = _linear_backward(grad_y, x, weight, saved, *activation.arguments, *needs)
+            grads = _linear_backward(grad_y, x, weight, saved, *arguments(ctx.activation), *needs)
             return *(g if need else None for g, need in zip(grads, needs, strict=True)), None  # type: ignore[return-value]
         total = grad_z
         if grad_y is not None:
@@ -338,7 +348,7 @@ class Maxout(Gate):
         if weight.dim() != 3 or (bias is not None and bias.shape != weight.shape[:2]):
             Maxout.check(x, weight, bias)
         flat_bias = None if bias is None else bias.flatten()
-        z, _ = _linear(x, weight.flatten(0, 1), flat_bias, *ACTIVATIONS["none"].arguments)
+        z, _ = _linear(x, weight.flatten(0, 1), flat_bias, *arguments("none"))
         return _max_pieces(z.unflatten(-1, weight.shape[:2]))
 
     @staticmethod

@@ -20,7 +20,7 @@ from .arithmetic import Scale, Shift
 from .gate import BACKWARD, GATES, below
 from .mlp import MLP
 from .penalty import L2Penalty
-from .products import ACTIVATIONS, Linear
+from .products import ACTIVATIONS, Linear, arguments
 from .softmax_ce import REDUCTIONS, SoftmaxCE
 from .table import ROWS
 
@@ -378,7 +378,7 @@ def _mlp_recorded(
 
 
 def _default_parameter(op: str, activation: str, parameter: float) -> None:
-    if ACTIVATIONS[activation].arguments != (activation, parameter):
+    if arguments(activation) != (activation, parameter):
         raise RuntimeError(f"torchbp::{op} records a gradient for the default parameter alone")
 
 

@@ -18,7 +18,7 @@ from .. import _C, functional, nn
 from ..data.loader import BatchLoader, Opened
 from ..functions import check
 from ..functions.gate import any_autocast, is_traced
-from ..functions.products import ACTIVATIONS
+from ..functions.products import arguments
 from ..functions.softmax_ce import check_classes
 from ..functions.table import HAS_CUDA
 from ..nn.mlp import _Plan
@@ -435,7 +435,7 @@ class CompiledStep:
         if torch.is_autocast_enabled(self._device.type):
             raise ValueError(f"{_OP}: wants no autocast: call the step outside of it, {_HINT}")
         self._check_groups()
-        self._layers = ACTIVATIONS[self._name].arguments
+        self._layers = arguments(self._name)
         self._find_state(self._hyper())
 
     def _find_state(self, hyper: list[float]) -> None:

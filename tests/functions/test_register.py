@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchbp.functional
 from tests.compare import assert_same
 from tests.ops import OPS, RAW_OPS, Op
+from tests.peers import CASES, Case, subsets
 from tests.proofs import MODES, compare
 from tests.raw import REFUSING, Sample, bound, randn, requiring_grad, samples_of
 from torchbp.functions.table import ROWS
@@ -218,3 +220,25 @@ def test_frozen_inputs_of_cross_entropy(frozen: str) -> None:
         loss = torchbp.functional.cross_entropy(input, target, reduction="none")
         torch.autograd.grad(loss.sum(), free)
     assert recorded.calls["softmax_ce_backward"][-2:] == (frozen != "input", frozen != "target")
+
+
+#: Those that multiply matrices; PyTorch counts no product of two vectors.
+PRODUCTS = [
+    case
+    for case in CASES
+    if case.name.startswith(("matmul", "linear", "maxout", "mlp")) and case.shapes[1:] != ((3,),)
+]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_flops_are_counted_as_pytorch_counts_them(case: Case) -> None:
+    def count(f: Callable[..., Tensor], free: tuple[int, ...]) -> int:
+        inputs = [
+            torch.ones(shape).requires_grad_(i in free) for i, shape in enumerate(case.shapes)
+        ]
+        with FlopCounterMode(display=False) as counter:
+            f(*inputs).sum().backward()
+        return int(counter.get_total_flops())
+
+    for free in subsets(len(case.shapes)):
+        assert count(case.ours, free) == count(case.theirs, free) > 0, free

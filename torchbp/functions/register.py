@@ -3,18 +3,20 @@
 Each gets a fake kernel (shapes, dtypes and strides without data, for torch.compile and
 torch.export), a vmap rule, and autograd: called on tensors that require grad, an operation runs
 through its Function; one that has none (the fused backward kernels) refuses. Its twin in
-torch.ops.torchbp_kernels, which the Functions call, gets the fake kernel and no autograd.
+torch.ops.torchbp_kernels, which the Functions call, gets the fake kernel and no autograd. Products
+are counted by torch.utils.flop_counter as PyTorch's are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from .arithmetic import Scale, Shift
 from .gate import BACKWARD, GATES, below
@@ -421,3 +423,46 @@ def _register_in_place(name: str, fake: Callable[..., Any] = lambda *args: None)
 
 _register_in_place("sgd_")
 _register_in_place("adamw_")
+
+
+# ---- what torch.utils.flop_counter counts: two for each multiplication of a product, and as
+# everywhere in PyTorch nothing for what is elementwise. A tensor's shape is in its place.
+
+Shape = Sequence[int]
+
+
+def _count_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def _count_linear_backward(
+    dy: Shape, x: Shape | None, weight: Shape | None, saved: Shape | None, activation: str,
+    parameter: float, need_x: bool, need_weight: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    read = weight if x is None else x  # each of which the other's gradient reads
+    return 0 if read is None else 2 * math.prod(dy) * read[-1] * (need_x + need_weight)
+
+
+def _count_mlp(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(_count_linear(x, weight) for weight in weights)
+
+
+def _count_mlp_backward(
+    dy: Shape, x: Shape, weights: Sequence[Shape], saved: Sequence[Shape], activation: str,
+    parameter: float, need_x: bool, need_weights: Sequence[int], need_biases: Sequence[int],
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    count, below = 0, need_x  # whether somebody wants a gradient below the layer
+    for i, weight in enumerate(weights):
+        count += _count_linear(x, weight) * (below + bool(need_weights[i]))
+        below = below or bool(need_weights[i]) or bool(need_biases and need_biases[i])
+    return count
+
+
+for _name, _count in (
+    ("linear", _count_linear),
+    ("linear_backward", _count_linear_backward),
+    ("mlp", _count_mlp),
+    ("mlp_backward", _count_mlp_backward),
+):
+    register_flop_formula(getattr(_ops, _name))(_count)

@@ -333,6 +333,26 @@ def test_compile_with_dynamic_shapes(op: Op) -> None:
             assert_same(of_free(program), of_free(reference))
 
 
+@pytest.mark.parametrize(
+    ("ours", "reference"),
+    [
+        (lambda x: F.multiply(x, x), lambda x: x * x),
+        (lambda x: F.add(x, x), lambda x: x + x),
+        (lambda x: F.matmul(x, x), lambda x: x @ x),
+        (lambda x: F.linear(x, x, activation="tanh"), lambda x: (x @ x.mT).tanh()),
+        (lambda x: F.mlp(x, [x, x, x], activation="tanh"),
+         lambda x: ((x @ x.mT).tanh() @ x.mT).tanh() @ x.mT),
+        (lambda x: F.l2_penalty([x, x]), lambda x: 2 * x.square().sum()),
+    ],
+    ids=["multiply", "add", "matmul", "linear", "mlp", "l2_penalty"],
+)  # fmt: skip
+def test_compile_with_one_tensor_twice(
+    ours: Callable[..., Tensor], reference: Callable[..., Tensor]
+) -> None:
+    x = [torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3)]
+    assert_same(value_and_grads(compiled(ours), x), value_and_grads(reference, x))
+
+
 class Module(torch.nn.Module):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -371,7 +371,18 @@ def call(function: type[Gate], *inputs: Any) -> Any:
             return function.formula(*inputs)
         if not (torch.is_grad_enabled() and requires_grad(inputs)):
             return function.forward(*inputs)
+        inputs = _each_once(inputs)
     return function.apply(*inputs)
+
+
+def _each_once(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, with a view for a tensor that is there already, as in x * x: torch.compile
+    refuses a Function of one tensor twice (torch 2.13)."""
+    once: list[Any] = []
+    for value in inputs:
+        again = isinstance(value, Tensor) and any(value is other for other in once)
+        once.append(value.view_as(value) if again else value)
+    return tuple(once)
 
 
 def _stands_in(value: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import torchbp.functional as F
 from tests.compare import assert_same
+from tests.peers import subsets
 
 TF = torch.nn.functional
 
@@ -33,6 +34,14 @@ class Problem:
         self.biases = [randn(4), randn(4), randn(3)] if bias else []
         self.leaves = [self.x, tied, self.weights[2], *self.biases]
 
+    def train_alone(self, free: tuple[int, ...]) -> None:
+        """Some of the parameters, the weights first; they are not tied any more."""
+        self.weights[0] = self.weights[0].detach().clone()
+        parameters = [*self.weights, *self.biases]
+        self.leaves = [parameters[i] for i in free]
+        for parameter in (self.x, *parameters):
+            parameter.requires_grad_(any(parameter is leaf for leaf in self.leaves))
+
     def ours(self) -> Tensor:
         return F.mlp(self.x, self.weights, self.biases, self.activation)
 
@@ -45,6 +54,19 @@ class Problem:
 
     def gradients(self, y: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.leaves, self.dy, create_graph=create_graph)
+
+
+def kept_by(problem: Problem) -> list[tuple[int, ...]]:
+    """The shapes of what is saved for backward."""
+    shapes: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        problem.ours()
+    return shapes
 
 
 def assert_all_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
@@ -69,6 +91,36 @@ def test_gradient_of_the_gradient(activation: str, bias: bool) -> None:
             both.append((*grads, *twice))
     for ours in both[:2]:
         assert_all_same(ours, both[2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_frozen_parameters(activation: str, bias: bool) -> None:
+    """Whichever they are: below the first layer that is trained, backward has nothing to do."""
+    for free in subsets(6 if bias else 3):
+        problem = Problem(activation, bias)
+        problem.train_alone(free)
+        assert_all_same(problem.gradients(problem.ours()), problem.gradients(problem.theirs()))
+        both = []
+        for y in (problem.ours(), problem.theirs()):
+            grads = problem.gradients(y, create_graph=True)
+            once = sum((g.square().sum() for g in grads), y.new_zeros(()))
+            both.append(torch.autograd.grad(once, problem.leaves, materialize_grads=True))
+        assert_all_same(*both)
+
+
+@pytest.mark.parametrize(("free", "shapes"), [
+    ((0,), [(5, 4), (4, 4), (3, 4), *[(5, 4)] * 4]),  # all but the first weight
+    ((1,), [(5, 4), (3, 4), *[(5, 4)] * 2]),  # h of the first layer, and z and h of the second
+    ((2,), [(5, 4)]),
+    ((5,), [(5, 4)]),
+])  # fmt: skip
+def test_nothing_is_kept_of_frozen_layers(
+    free: tuple[int, ...], shapes: list[tuple[int, ...]]
+) -> None:
+    problem = Problem("elu")
+    problem.train_alone(free)
+    assert kept_by(problem) == shapes
 
 
 def test_batched_upstream_gradients() -> None:
@@ -105,16 +157,9 @@ def test_changed_biases_do_not_matter() -> None:
 def test_hidden_layers_go_with_the_graph() -> None:
     """They are saved tensors: hooks see them, and a second backward finds them gone."""
     problem = Problem("elu")
-    shapes: list[tuple[int, ...]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        shapes.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = problem.ours()
     # x, the weights, and of each hidden layer z and h.
-    assert shapes == [(5, 4), (4, 4), (4, 4), (3, 4), *[(5, 4)] * 4]
+    assert kept_by(problem) == [(5, 4), (4, 4), (4, 4), (3, 4), *[(5, 4)] * 4]
+    y = problem.ours()
     assert y.grad_fn is not None
     assert y.grad_fn.name() == "MLPBackward"
     y.sum().backward()

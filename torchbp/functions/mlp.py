@@ -195,7 +195,8 @@ def total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 class Eager(Function):
-    """MLP's y in plain eager mode: what backward needs of the hidden layers is saved and no output.
+    """MLP's y in plain eager mode: what backward needs of the hidden layers is saved and no output,
+    and nothing of layers below the first one that is trained.
 
     Whatever differentiates the gradient itself goes through PyTorch's operations.
     """
@@ -204,39 +205,62 @@ class Eager(Function):
     def forward(ctx: Any, x: Tensor, layers: int, activation: str, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:layers], parameters[layers:]
         y, *saved = _mlp(x, weights, biases, *arguments(activation))
+        needs = ctx.needs_input_grad
+        # Backward is that of the layers from the first on that gets a gradient.
+        first = 0 if needs[0] or needs[3] else first_needed(*split(layers, needs[3:]))
+        if first:
+            below = first * (2 if ACTIVATIONS[activation].saves_x else 1)
+            x, saved = saved[below - 1], saved[below:]
+            weights, biases = weights[first:], biases[first:]
         # The gradients read no biases, and the first weights only for dL/dx: only a gradient of
         # theirs does, which wants them as they were, and that they are changed before backward is
         # no error, as it is none in PyTorch.
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             unread = biases
             ctx.save_for_backward(x, *weights, *saved)
         else:
             unread = weights[:1] + biases
             ctx.save_for_backward(x, *weights[1:], *saved)
-        ctx.rest = layers, activation, unread, [*map(_version, unread)]
+        ctx.rest = layers, first, activation, unread, [*map(_version, unread)]
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        layers, activation, unread, versions = ctx.rest
+        layers, first, activation, unread, versions = ctx.rest
         biases = unread
+        needs = wanted(ctx)
         if not ctx.needs_input_grad[0]:
             tensors, biases = [unread[0], *tensors], unread[1:]
-        described = layers, activation, wanted(ctx)
+        if first:
+            of_weights, of_biases = split(layers, needs[3:])
+            needs = *needs[:3], *of_weights[first:], *of_biases[first:]
+        described = layers - first, activation, needs
         if fast_backward(grad_y):
-            return fused_gradients(*described, grad_y, x, tensors)
-        if torch.is_grad_enabled():  # the hidden layers once more, on record
-            if versions != [*map(_version, unread)]:
-                raise RuntimeError(
-                    "mlp: a bias, or the first weight, was changed in place since forward, and the "
-                    "gradient of the gradient needs it as it was"
-                )
-            weights = tensors[:layers]
-            with past_autocast():
-                _, *saved = MLP.formula(x, layers, activation, *weights, *biases)
-            tensors = [*weights, *saved]
-        return gradients(*described, grad_y, [None] * len(tensors), x, tensors)
+            grads = fused_gradients(*described, grad_y, x, tensors)
+        else:
+            if torch.is_grad_enabled():  # the hidden layers once more, on record
+                if versions != [*map(_version, unread)]:
+                    raise RuntimeError(
+                        "mlp: a bias, or the first weight, was changed in place since forward, and "
+                        "the gradient of the gradient needs it as it was"
+                    )
+                weights = tensors[: layers - first]
+                with past_autocast():
+                    _, *saved = MLP.formula(x, layers - first, activation, *weights, *biases)
+                tensors = [*weights, *saved]
+            grads = gradients(*described, grad_y, [None] * len(tensors), x, tensors)
+        if first:
+            none = [None] * first
+            of_weights, of_biases = split(layers - first, grads[3:])
+            grads = None, None, None, *none, *of_weights, *(none if of_biases else ()), *of_biases
+        return grads
+
+
+def first_needed(need_weights: Sequence[bool], need_biases: Sequence[bool]) -> int:
+    """The first layer of which a gradient is needed, as one of some layer is."""
+    layer = need_weights.index(True) if True in need_weights else len(need_weights)
+    return min(layer, need_biases.index(True)) if True in need_biases else layer
 
 
 _apply_eager = eager(Eager, MLP)

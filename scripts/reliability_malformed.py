@@ -59,9 +59,6 @@ NO_TENSOR: list[Maker] = [
     lambda draw, dtype: torch.ones(2, 3).to_mkldnn(),
     lambda draw, dtype: torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.quint8),
     lambda draw, dtype: torch.nested.nested_tensor([torch.ones(3, dtype=dtype)] * 2),
-    lambda draw, dtype: torch.nested.nested_tensor(
-        [torch.ones(3, dtype=dtype)] * 2, layout=torch.jagged
-    ),
     lambda draw, dtype: [torch.ones(2, 3, dtype=dtype)],
     lambda draw, dtype: iter([torch.ones(2, 3, dtype=dtype)]),
 ]  # fmt: skip

@@ -247,7 +247,7 @@ class Gate(Function):
       `jvp(ctx, *tangents)`, as torch.autograd.Function has them;
     * `check(*inputs)`, which raises TypeError, ValueError or IndexError for bad input;
     * `formula(*inputs)`, the same result from PyTorch's own operations, which torch.compile uses
-      under a torch.func transform.
+      under a torch.func transform, and which tensors get that have no others.
 
     The gate of a row of the table names it, `row = "relu"`, and is found in `GATES` by that name.
     It needs no `check`, nor a `jvp` if it has one input: its Jacobian is diagonal, so that
@@ -309,6 +309,8 @@ class Gate(Function):
             return cls.forward(*args)
         except _REFUSALS:
             if not kwargs:
+                if any(map(_has_operations, args)):
+                    return cls.formula(*args)
                 cls._explain(args)
             raise
 
@@ -353,6 +355,9 @@ def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
         try:
             return record(*inputs)
         except _REFUSALS:
+            if any(map(_has_operations, inputs)):
+                y = gate.formula(*inputs)
+                return y[0] if isinstance(y, tuple) else y
             gate._explain(inputs)
             raise
 
@@ -366,6 +371,8 @@ def call(function: type[Gate], *inputs: Any) -> Any:
     (vmap of grad and jvp are silently wrong, torch 2.13), so there PyTorch's own formula runs.
     """
     if is_traced():
+        if any(map(_has_operations, inputs)):
+            return function.formula(*inputs)
         function.check(*inputs)
         if _functorch_active():
             return function.formula(*inputs)
@@ -388,6 +395,12 @@ def _each_once(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _stands_in(value: Any) -> bool:
     """Whether it is no tensor and yet called in place of one, which it can refuse itself."""
     return hasattr(value, "__torch_function__") and not isinstance(value, Tensor)
+
+
+def _has_operations(value: Any) -> bool:
+    """Whether it is a tensor of a class that knows PyTorch's operations and no others: a DTensor,
+    a jagged or a quantized one."""
+    return isinstance(value, Tensor) and hasattr(type(value), "__tensor_flatten__")
 
 
 def requires_grad(inputs: tuple[Any, ...]) -> bool:

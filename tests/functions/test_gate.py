@@ -374,6 +374,20 @@ def test_export(case: Case) -> None:
 
 
 @EACH_MAIN_CASE
+@pytest.mark.parametrize("grad", [False, True])
+def test_export_for_onnx(case: Case, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.onnx exports, operations that it knows take the place of all of ours."""
+    inputs = tuple(case.make())
+    for i in case.differentiable if grad else ():
+        inputs[i].requires_grad_()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(Module(case.ours), inputs)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("torchbp" in name for name in called), called
+    assert_same(program.module()(*inputs), case.reference(*inputs))
+
+
+@EACH_MAIN_CASE
 def test_traced_graph_calls_public_operations(case: Case) -> None:
     """Without autograd too, where the Functions are not there to hide the library they call."""
     inputs = tuple(case.make())

@@ -81,12 +81,16 @@ def raw(name: str) -> Callable[..., Any]:
 
     Where nothing traces, transforms or casts, that is its twin in `torch.ops.torchbp_kernels`,
     which has no autograd to get past: the guard of `below` costs as much as a small kernel.
+
+    ONNX has none of these operations, so that its exporter is refused: `_by_formula`.
     """
     op = below(getattr(torch.ops.torchbp, name).default)
     kernel = getattr(torch.ops.torchbp_kernels, name).default._op
 
     def run(*args: Any) -> Any:
         if is_traced() or _functorch_active() or _dispatch_modes() or any_autocast():
+            if not is_traced() and torch.onnx.is_in_onnx_export():
+                raise RuntimeError(f"torchbp::{name}: ONNX has no such operation")
             return op(*args)
         return kernel(*args)
 
@@ -247,7 +251,7 @@ class Gate(Function):
       `jvp(ctx, *tangents)`, as torch.autograd.Function has them;
     * `check(*inputs)`, which raises TypeError, ValueError or IndexError for bad input;
     * `formula(*inputs)`, the same result from PyTorch's own operations, which torch.compile uses
-      under a torch.func transform, and which tensors get that have no others.
+      under a torch.func transform, and which is for tensors and programs that know no others.
 
     The gate of a row of the table names it, `row = "relu"`, and is found in `GATES` by that name.
     It needs no `check`, nor a `jvp` if it has one input: its Jacobian is diagonal, so that
@@ -309,7 +313,7 @@ class Gate(Function):
             return cls.forward(*args)
         except _REFUSALS:
             if not kwargs:
-                if any(map(_has_operations, args)):
+                if _by_formula(args):
                     return cls.formula(*args)
                 cls._explain(args)
             raise
@@ -355,7 +359,7 @@ def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
         try:
             return record(*inputs)
         except _REFUSALS:
-            if any(map(_has_operations, inputs)):
+            if _by_formula(inputs):
                 y = gate.formula(*inputs)
                 return y[0] if isinstance(y, tuple) else y
             gate._explain(inputs)
@@ -401,6 +405,11 @@ def _has_operations(value: Any) -> bool:
     """Whether it is a tensor of a class that knows PyTorch's operations and no others: a DTensor,
     a jagged or a quantized one."""
     return isinstance(value, Tensor) and hasattr(type(value), "__tensor_flatten__")
+
+
+def _by_formula(inputs: tuple[Any, ...]) -> bool:
+    """Whether PyTorch's operations are to do what an operation of torchbp has refused."""
+    return any(map(_has_operations, inputs)) or torch.onnx.is_in_onnx_export()
 
 
 def requires_grad(inputs: tuple[Any, ...]) -> bool:

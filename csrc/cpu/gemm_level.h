@@ -41,6 +41,7 @@ constexpr int64_t kColumnStride = kManyRegisters ? 16 : 8;  // of A's columns on
 // fewer and shorter ones, products are 1.03 to 1.11 times as fast on such a core, and 1.02 to 1.06 times on their own.
 constexpr bool kByColumns = !kManyRegisters;
 constexpr int64_t kCopy = std::max(kTileRows * kRowStride, kBlock* kColumnStride);
+constexpr int64_t kShortBlock = 8;           // words of K where B is read once: runs that a core fetches ahead
 constexpr int64_t kPanelBytes = 256 * 1024;  // of B that is to stay in L2 while tiles of A pass
 constexpr int64_t kNear = 8 * 1024;          // numbers of an operand that stays in L1 as it is
 constexpr int64_t kFewRows = 128;            // of A: a copy of B is not repaid by as few
@@ -105,10 +106,11 @@ struct TileProduct {
   const Word *a, *b;
   float* to;
   int64_t a_stride, b_stride, to_stride;
-  const void* bias_of_rows;  // to be added in the end, or null
-  const PlainSgd* update;    // the product is the gradient of what `to` holds, which is updated; or null
-  const Lines* fetch;        // lines to be fetched meanwhile, from the first steps on
-  int64_t fetches;           // how many times kTileRows
+  const void* bias_of_rows;      // to be added in the end, or null
+  const float* bias_of_columns;  // the same, of the columns that the tile has
+  const PlainSgd* update;        // the product is the gradient of what `to` holds, which is updated; or null
+  const Lines* fetch;            // lines to be fetched meanwhile, from the first steps on
+  int64_t fetches;               // how many times kTileRows
 };
 
 // `to` becomes the sums, or is moved by them.
@@ -175,6 +177,14 @@ void multiply_tile(const TileProduct& t) {
     for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[i][v] += broadcast<V>(load(bias[i]));
+  }
+  if (t.bias_of_columns) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const V bias = load_vector<V>(t.bias_of_columns + v * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < mr; ++i) sum[i][v] += bias;
+    }
   }
   if (t.update)
     store_rows<true>(t, sum);
@@ -285,6 +295,22 @@ TORCHBP_INLINE void transpose_stage(V (&row)[lanes]) {
   }
 }
 
+// The sums of the lanes of as many vectors as a vector has lanes: a transposition that adds.
+template <int d>
+TORCHBP_INLINE void add_stage(Vector (&row)[kLanes]) {
+  constexpr auto all = std::make_index_sequence<kLanes>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2 * d)
+    row[i] = lower<d>(row[i], row[i + d], all) + upper<d>(row[i], row[i + d], all);
+}
+TORCHBP_INLINE Vector sum_lanes(Vector (&row)[kLanes]) {
+  add_stage<1>(row);
+  add_stage<2>(row);
+  if constexpr (kLanes > 4) add_stage<4>(row);
+  if constexpr (kLanes > 8) add_stage<8>(row);
+  return row[0];
+}
+
 // to [k][to_stride] = transpose of from [rows][from_stride]: a square of words.
 template <int lanes, class T>
 TORCHBP_INLINE void transpose_square(const T* from, int64_t from_stride, Word* to, int64_t to_stride) {
@@ -337,10 +363,12 @@ TORCHBP_INLINE void copy_run(const T* from, int64_t n, Word* to) {
 // ---- copies of blocks ------------------------------------------------------------------------------------------------------
 
 // Rows of B that lie a KiB or two apart share L1 sets, so that each tile of A would fetch them from L2. 512 x 512 x 512
-// is 1.2 times as fast with a copy, on AVX2.
+// is 1.2 times as fast with a copy, on AVX2. A product with rows for one tile reads them but once, in short blocks of K
+// that run through all panels: the gradient of a layer with one to six outputs takes a third to a half of the time.
 template <class T>
 bool reads_b_in_place(const Gemm& g, int64_t rows) {
-  return kIsWord<T> && g.b_j == 1 && is_full(g.n) && g.b_k <= 2 * kBlock && (kManyRegisters || rows <= kFewRows);
+  if (!kIsWord<T> || g.b_j != 1 || !is_full(g.n)) return false;
+  return rows <= kTileRows || (g.b_k <= 2 * kBlock && (kManyRegisters || rows <= kFewRows));
 }
 
 // Whether multiply_tile may read A where it is: a copy is repaid by many panels, if at all. Rows or columns that lie
@@ -457,8 +485,8 @@ struct Runs {
 
 // What copy_a and copy_b will read of the block of K that begins with word k0.
 template <class T>
-Runs runs_of_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0) {
-  const BlockOfK<T> block(g.k, k0, kBlock);
+Runs runs_of_a(const Gemm& g, int64_t i, int64_t mr, int64_t k0, int64_t words) {
+  const BlockOfK<T> block(g.k, k0, words);
   const T* const from = static_cast<const T*>(g.a) + i * g.a_i + block.begin * g.a_k;
   return g.a_k == 1 ? Runs(from, g.a_i, mr, block.size) : Runs(from, g.a_k, block.size, mr);
 }
@@ -558,7 +586,7 @@ inline void update_rows(const Gemm& g, int64_t i, int64_t j, int64_t mr, int64_t
 // Whether the memory of C can be that of tiles as wide as panels.
 template <class T>
 bool tiles_in_c(const Gemm& g) {
-  return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && (!g.update || is_plain(*g.update)) && !(g.bias && !g.bias_of_row);
+  return kIsWord<T> && g.k <= kBlock && g.c_j == 1 && (!g.update || is_plain(*g.update));
 }
 
 template <class T>
@@ -612,6 +640,8 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
   const int64_t all = words<T>(g.k);
   const bool a_in_place = reads_a_in_place<T>(g, end - begin);
   const bool b_in_place = reads_b_in_place<T>(g, i_end - i_begin), one_block = all <= kBlock;
+  const bool read_once = b_in_place && !one_block && i_end - i_begin <= kTileRows;
+  const int64_t block = read_once ? kShortBlock : kBlock;
   const bool by_rows = g.a_k == 1 && (a_in_place ? g.a_i != 1 : !kByColumns);
   const Lie lie = by_rows ? Lie::rows : a_in_place || b_in_place ? Lie::columns : Lie::copies;
   const int64_t deepest = std::min(kBlock, std::max<int64_t>(all, 1));
@@ -620,7 +650,8 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
   // read a line or two of each row: a page and, where rows are 4 KiB apart, the same L1 set for all. A tenth of the time
   // of a gradient of 512 x 3072 with momentum.
   const bool in_rows = g.update && !updates_in_place<T>(g);
-  const int64_t fit = kPanelBytes / (deepest * kPanel * 4);
+  constexpr int64_t tile_size = kTileRows * kPanel;
+  const int64_t fit = read_once ? kHeld / tile_size : kPanelBytes / (deepest * kPanel * 4);
   const int64_t together =
       std::min(end - begin, std::max<int64_t>(1, in_rows ? std::min(fit, kUpdateRun / kPanel) : fit));
   const PlainSgd plain(g.update ? *g.update : Update());
@@ -628,7 +659,6 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
   const int64_t tiles = (i_end - i_begin + kTileRows - 1) / kTileRows;
   const int64_t least = (i_end - i_begin) / tiles, larger = (i_end - i_begin) % tiles;
   const auto row_of = [&](int64_t tile) { return i_begin + tile * least + std::min(tile, larger); };
-  constexpr int64_t tile_size = kTileRows * kPanel;
   const int64_t held = one_block ? tiles : std::min(tiles, std::max<int64_t>(1, kHeld / (together * tile_size)));
   const int64_t copied = b_in_place ? 0 : together * deepest * kPanel;
   const int64_t apart = in_rows ? kPanel : one_block ? 0 : tile_size;  // from a tile to the next one's place
@@ -645,9 +675,9 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
     const bool lies_in_c = has_function ? in_one_run : in_c && !in_rows;
     for (int64_t t0 = 0; t0 < tiles; t0 += held) {
       const int64_t t1 = std::min(tiles, t0 + held);
-      for (int64_t k0 = 0; k0 == 0 || k0 < all; k0 += kBlock) {
-        const int64_t kc = std::min(kBlock, all - k0);
-        const bool last = k0 + kBlock >= all;
+      for (int64_t k0 = 0; k0 == 0 || k0 < all; k0 += block) {
+        const int64_t kc = std::min(block, all - k0);
+        const bool last = k0 + block >= all;
         if (!b_in_place) copy_b<T>(g, p0, p1, k0, kc, panels);
         for (int64_t t = t0; t < t1; ++t) {
           const int64_t i = row_of(t), mr = row_of(t + 1) - i;
@@ -656,14 +686,15 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
             // After this row comes one of the same block of K, the next block, or the first one: of further rows, or panels.
             const bool turn = t + 1 == t1, is_complete = last && t1 == tiles;
             const int64_t next_p0 = is_complete ? p1 : p0, next_p1 = std::min(end, next_p0 + together);
-            const int64_t next_t = !turn ? t + 1 : !last ? t0 : is_complete ? 0 : t1, next_k = last ? 0 : k0 + kBlock;
+            const int64_t next_t = !turn ? t + 1 : !last ? t0 : is_complete ? 0 : t1, next_k = last ? 0 : k0 + block;
             const bool ends = next_p0 == end;
             // Lines of A's columns hold more than a tile of few rows, so that the last copy has read them too.
             const bool is_near = !kManyRegisters && g.a_i == 1;
             if (g.update && last)
               for (const float* const p : {static_cast<float*>(g.c), g.state0, g.state1})
                 if (p) fetches.add(Runs(p + i * g.c_i + p0 * kPanel, g.c_i, mr, columns));
-            if (!is_near && !(turn && ends)) fetches.add(runs_of_a<T>(g, row_of(next_t), mr, turn ? next_k : k0));
+            if (!is_near && !(turn && ends))
+              fetches.add(runs_of_a<T>(g, row_of(next_t), mr, turn ? next_k : k0, block));
             if (!b_in_place && !ends) fetches.add(runs_of_b<T>(g, next_p0, next_p1, next_k).share(t - t0, t1 - t0));
           }
           float* const row_of_tiles = unfinished + (one_block ? 0 : t - t0) * width * tile_size;
@@ -690,6 +721,8 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
             product.to = direct ? row_of_c + column : tile;
             product.to_stride = direct ? g.c_i : in_rows ? width * kPanel : kPanel;
             product.update = direct && g.update ? &plain : nullptr;
+            product.bias_of_columns =
+                direct && g.bias && !g.bias_of_row ? static_cast<const float*>(g.bias) + column : nullptr;
             multiply(product);
             if (last && !direct && !in_rows) finish_tile<T>(g, i, column, mr, nr, tile);
           }
@@ -701,30 +734,80 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
   }
 }
 
+// ---- products with few columns ------------------------------------------------------------------------------------
+
+// Whether C has so few columns that most of a panel would be of no use, and both factors' rows are runs along k: a layer
+// with few outputs, or one of a network with few examples. For these, what tiles want is copied to be read once: 3072 to
+// 1 took five times as long, 64 to 1 three times.
+constexpr int kFewColumns = 4;
+template <class T>
+bool has_few_columns(const Gemm& g) {
+  return kIsWord<T> && g.n <= kFewColumns && g.a_k == 1 && g.b_k == 1 && !g.update;
+}
+
+// Of some rows of A with `columns` of B, each a run of k: their products, as far as a vector holds these.
+template <int columns>
+constexpr int kDotRows = std::min(kTileRows, kLanes / columns);
+
+// tile [rows][kPanel] = the sums over k, in lanes whose sums are added in the end. Of the rows, `mr` are there.
+template <int columns>
+void multiply_dots(const Gemm& g, int64_t i, int64_t mr, float* tile) {
+  constexpr int rows = kDotRows<columns>;
+  const float *a[rows], *b = static_cast<const float*>(g.b);
+  for (int r = 0; r < rows; ++r) a[r] = static_cast<const float*>(g.a) + (i + std::min<int64_t>(r, mr - 1)) * g.a_i;
+  Vector sum[kLanes] = {};
+  const auto step = [&](const auto& load_at) __attribute__((always_inline)) {
+    Vector column[columns];
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; ++c) column[c] = load_at(b + c * g.b_j);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Vector x = load_at(a[r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) sum[r * columns + c] += x * column[c];
+    }
+  };
+  const int64_t whole = g.k / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) step([k](const float* p) { return load_vector(p + k); });
+  if (whole < g.k)
+    step([&](const float* p) {
+      float numbers[kLanes] = {};
+      std::copy_n(p + whole, g.k - whole, numbers);
+      return load_vector(numbers);
+    });
+  float sums[kLanes];
+  store_vector(sums, sum_lanes(sum));
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) tile[r * kPanel + c] = sums[r * columns + c];
+}
+
+template <class T, int columns>
+void multiply_few(const Gemm& g, int64_t i_begin, int64_t i_end) {
+  alignas(64) float tile[kTileRows * kPanel] = {};
+  for (int64_t i = i_begin; i < i_end; i += kDotRows<columns>) {
+    const int64_t mr = std::min<int64_t>(kDotRows<columns>, i_end - i);
+    multiply_dots<columns>(g, i, mr, tile);
+    if (g.bias && g.bias_of_row)
+      for (int64_t r = 0; r < mr; ++r)
+        for (int c = 0; c < columns; ++c) tile[r * kPanel + c] += load(static_cast<const T*>(g.bias)[i + r]);
+    finish_tile<T>(g, i, 0, mr, columns, tile);
+  }
+}
+
 template <class T>
 void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
+  if constexpr (kIsWord<T>)
+    if (has_few_columns<T>(g)) {
+      constexpr std::array<void (*)(const Gemm&, int64_t, int64_t), kFewColumns> few{
+          multiply_few<T, 1>, multiply_few<T, 2>, multiply_few<T, 3>, multiply_few<T, 4>};
+      return few[g.n - 1](g, i_begin, i_end);
+    }
   const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;
   (in_cache ? multiply_blocks<T, false> : multiply_blocks<T, true>)(g, i_begin, i_end, begin, end, scratch);
 }
 
 // ---- sums over the examples ----------------------------------------------------------------------------------------
-
-// The sums of the lanes of as many vectors as a vector has lanes: a transposition that adds.
-template <int d>
-TORCHBP_INLINE void add_stage(Vector (&row)[kLanes]) {
-  constexpr auto all = std::make_index_sequence<kLanes>();
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i += 2 * d)
-    row[i] = lower<d>(row[i], row[i + d], all) + upper<d>(row[i], row[i + d], all);
-}
-TORCHBP_INLINE Vector sum_lanes(Vector (&row)[kLanes]) {
-  add_stage<1>(row);
-  add_stage<2>(row);
-  if constexpr (kLanes > 4) add_stage<4>(row);
-  if constexpr (kLanes > 8) add_stage<8>(row);
-  return row[0];
-}
 
 TORCHBP_INLINE Vector load_numbers(const float* p) { return load_vector(p); }
 template <class T>

@@ -138,6 +138,58 @@ def test_linear_in_bfloat16_is_rounded_once(size: tuple[int, int, int], layout: 
     assert_rounded_once(db, upstream.sum(0), upstream.abs().sum(0), n + 1)
 
 
+def assert_within_rounding(ours: Tensor, exact: Tensor, size: Tensor, sums: int) -> None:
+    """Assert that float32 sums of `sums` products, whose absolute values add up to `size`, are off
+    by no more than sums in any order may be, element by element.
+    """
+    assert ours.shape == exact.shape
+    off = (ours.double() - exact).abs()
+    allowed = sums * 2.0**-24 / (1 - sums * 2.0**-24) * size
+    assert bool((off <= allowed).all()), f"{(off / allowed).max():.3g} of what is allowed"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "size", [(70, 100, 1), (67, 37, 2), (130, 304, 3), (101, 1040, 4), (64, 6, 4), (65, 3, 1)],
+    ids=str,
+)  # fmt: skip
+def test_few_outputs(size: tuple[int, int, int], layout: str) -> None:
+    n, features_in, features_out = size
+    ops: Any = torch.ops.torchbp_kernels
+    x, dy = laid_out(layout, n, features_in), laid_out(layout, n, features_out)
+    w, b = laid_out(layout, features_out, features_in), torch.randn(features_out)
+    exact = x.double() @ w.double().mT + b.double()
+    total = x.double().abs() @ w.double().abs().mT + b.double().abs()
+    y, _ = ops.linear(x, w, b, "none", 0.0)
+    assert_within_rounding(y, exact, total, features_in + 1)
+    y, z = ops.linear(x, w, b, "leaky_relu", 0.25)
+    assert_within_rounding(z, exact, total, features_in + 1)
+    wanted = torch.nn.functional.leaky_relu(z, 0.25)
+    assert torch.equal(y, wanted)  # a quarter is exact
+    dx, dw, db = ops.linear_backward(dy, x, w, None, "none", 0.0, True, True, True)
+    upstream = dy.double()
+    assert_within_rounding(
+        dx, upstream @ w.double(), upstream.abs() @ w.double().abs(), features_out
+    )
+    assert_within_rounding(dw, upstream.mT @ x.double(), upstream.mT.abs() @ x.double().abs(), n)
+    assert_within_rounding(db, upstream.sum(0), upstream.abs().sum(0), n)
+
+
+@pytest.mark.parametrize("n", [256, 257, 1103])
+@pytest.mark.parametrize("features_in", [16, 520, 1040])
+def test_gradients_of_few_outputs_are_those_of_many(n: int, features_in: int) -> None:
+    """To the bit: where rows make up one tile, the examples are read where they lie, in blocks of
+    their own, and every element is still one sum over them in one order."""
+    x, dy = torch.randn(n, features_in), torch.randn(n, 40)
+    needs = "none", 0.0, False, True, True
+    ops: Any = torch.ops.torchbp_kernels
+    _, many, _ = ops.linear_backward(dy, x, None, None, *needs)
+    for outputs in range(1, 8):
+        few = dy[:, :outputs].contiguous()
+        _, dw, _ = ops.linear_backward(few, x, None, None, *needs)
+        assert torch.equal(dw, many[:outputs])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF_TYPES], ids=str)
 @pytest.mark.parametrize("size", [(70, 33, 20), (9, 5, 4), (3, 5, 4), (0, 4, 3)], ids=str)
 def test_what_no_gradient_reads_may_be_missing(
@@ -186,7 +238,7 @@ def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
-@pytest.mark.parametrize("n", [0, 1, 15, 24, 32, 40, 130])
+@pytest.mark.parametrize("n", [0, 1, 3, 15, 24, 32, 40, 130])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(n: int, activation: str, layout: str, bias: bool) -> None:
     sizes = [37, 300, 16, 5]
@@ -227,7 +279,9 @@ def test_mlp_gradients_that_are_wanted(needs: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [(131, 701, 150), (300, 64, 333), (530, 300, 260)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(131, 701, 150), (300, 64, 333), (530, 300, 260), (1030, 2064, 3)], ids=str
+)
 def test_the_number_of_threads_changes_nothing(
     size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -243,7 +297,8 @@ def test_the_number_of_threads_changes_nothing(
             results.append(
                 gradients(lambda x, w, b: F.linear(x, w, b, "relu"), *_leaves(x, w, b))
                 + gradients(
-                    lambda x, w, last, b: F.mlp(x, [w, last], [b, b[:10]]), *_leaves(x, w, last, b)
+                    lambda x, w, last, b: F.mlp(x, [w, last], [b, b.repeat(4)[:10]]),
+                    *_leaves(x, w, last, b),
                 )
             )
     finally:
@@ -256,11 +311,14 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
+@pytest.mark.parametrize("outputs", [51, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nan_and_infinity_reach_what_they_touch_and_nothing_else(dtype: torch.dtype) -> None:
+def test_nan_and_infinity_reach_what_they_touch_and_nothing_else(
+    dtype: torch.dtype, outputs: int
+) -> None:
     """Sums over an odd number too, whose last has no neighbour."""
-    x, w = torch.randn(71, 21), torch.randn(51, 21)
-    x[3, 4], w[7, 1], x[70, 20], w[50, 20] = torch.nan, torch.inf, -torch.inf, torch.inf
+    x, w = torch.randn(71, 21), torch.randn(outputs, 21)
+    x[3, 4], w[1, 1], x[70, 20], w[-1, 20] = torch.nan, torch.inf, -torch.inf, torch.inf
     ours = gradients(F.linear, *_leaves(x.to(dtype), w.to(dtype)), dtype=dtype)
     wanted = gradients(
         torch.nn.functional.linear,

@@ -8,7 +8,8 @@ A Function of torchbp has `forward`, `setup_context`, `backward` and `jvp`; this
 * `TwoInputs`, the gradients of a two-input row, each in the shape of its input;
 * `call`, through which torchbp.functional applies a Function under eager PyTorch, torch.func and
   torch.compile alike;
-* `plain` and `eager`, for a Function that takes a Gate's place where none of these is at work.
+* `plain` and `eager`, for a Function that takes a Gate's place where none of these is at work, and
+  `idle`, where there is no need for any.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from . import check
 from .table import ROWS, Row
 
 __all__ = [
-    "BACKWARD", "GATES", "Gate", "TwoInputs", "any_autocast", "auxiliary", "backward_of", "below",
-    "call", "eager", "factors", "fast_backward", "is_traced", "needs_grad", "past_autocast",
-    "plain", "raw", "requires_grad", "save", "sum_to", "unused", "wanted",
+    "BACKWARD", "GATES", "REFUSALS", "Gate", "TwoInputs", "any_autocast", "auxiliary",
+    "backward_of", "below", "call", "eager", "factors", "fast_backward", "idle", "is_traced",
+    "needs_grad", "past_autocast", "plain", "raw", "requires_grad", "save", "sum_to", "unused",
+    "wanted",
 ]  # fmt: skip
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -44,7 +46,7 @@ _Exclude = torch._C._ExcludeDispatchKeyGuard
 _will_execute = torch._C._will_engine_execute_node
 
 #: What bad input raises somewhere below, of which `check` says better what is wrong.
-_REFUSALS = RuntimeError, TypeError, LookupError, AttributeError, OverflowError
+REFUSALS = RuntimeError, TypeError, LookupError, AttributeError, OverflowError
 
 
 def _keys(*names: str) -> torch._C.DispatchKeySet:
@@ -311,7 +313,7 @@ class Gate(Function):
             if forward_ad._current_level >= 0 or (_grad_enabled() and requires_grad(args)):
                 return cls._record(*args)
             return cls.forward(*args)
-        except _REFUSALS:
+        except REFUSALS:
             if not kwargs:
                 if _by_formula(args):
                     return cls.formula(*args)
@@ -342,6 +344,19 @@ def plain() -> bool:
     )
 
 
+def idle(inputs: tuple[Any, ...]) -> bool:
+    """Whether a kernel may be called at once: nothing records, traces, transforms, watches or casts
+    what is done to the inputs."""
+    return not (
+        is_traced()
+        or (_grad_enabled() and requires_grad(inputs))
+        or _functorch_active()
+        or _dispatch_modes()
+        or any_autocast()
+        or forward_ad._current_level >= 0
+    )
+
+
 def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
     """`apply` of a Function that takes a Gate's place where the mode is `plain`.
 
@@ -358,7 +373,7 @@ def eager(function: type[Function], gate: type[Gate]) -> Callable[..., Any]:
     def apply(*inputs: Any) -> Any:
         try:
             return record(*inputs)
-        except _REFUSALS:
+        except REFUSALS:
             if _by_formula(inputs):
                 y = gate.formula(*inputs)
                 return y[0] if isinstance(y, tuple) else y

@@ -20,6 +20,7 @@ from . import activations, check
 from .gate import (
     BACKWARD,
     GATES,
+    REFUSALS,
     Gate,
     auxiliary,
     below,
@@ -27,6 +28,7 @@ from .gate import (
     eager,
     factors,
     fast_backward,
+    idle,
     is_traced,
     past_autocast,
     plain,
@@ -43,6 +45,7 @@ __all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "arguments", "linear_out
 
 _matmul = below(torch.matmul)
 _linear, _linear_backward = raw("linear"), raw("linear_backward")
+_kernel = torch.ops.torchbp_kernels.linear.default._op
 _max_pieces, _max_pieces_backward = raw("max_pieces"), raw("max_pieces_backward")
 
 _aten: Any = torch.ops.aten
@@ -320,6 +323,11 @@ _EAGER = [name for name, activation in ACTIVATIONS.items() if not activation.sav
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """The y of Linear, the fastest way."""
     inputs = x, weight, bias, activation
+    if idle(inputs):
+        try:
+            return _kernel(x, weight, bias, *arguments(activation))[0]  # type: ignore[no-any-return]
+        except REFUSALS:
+            pass  # the Function says why, or has PyTorch do it
     if plain() and activation in _EAGER and requires_grad(inputs):
         return _apply_eager(*inputs)  # type: ignore[no-any-return]
     return call(Linear, *inputs)[0]  # type: ignore[no-any-return]

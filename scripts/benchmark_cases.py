@@ -331,17 +331,20 @@ def elementwise(name: str, gate: str, elements: int, goal: float) -> Case:
     )
 
 
-def linear_relu(name: str, dtype: torch.dtype, **goals: float) -> Case:
+def linear(
+    name: str, n: int, d: int, m: int, dtype: torch.dtype, activation: str | None, **goals: float
+) -> Case:
     """A layer inside a network: its input wants a gradient as well."""
-    n, d, m = 256, 3072, 512
 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.relu(nn.functional.linear(x, weight, bias))
+        z = nn.functional.linear(x, weight, bias)
+        return z if activation is None else getattr(torch, activation)(z)  # type: ignore[no-any-return]
 
     def jaxed() -> Callable[..., Any]:
         import jax
 
-        return lambda x, weight, bias: jax.nn.relu(x @ weight.T + bias)
+        f = (lambda z: z) if activation is None else getattr(jax.nn, activation)
+        return lambda x, weight, bias: f(x @ weight.T + bias)
 
     leaves = [torch.randn(n, d), torch.randn(m, d) / d**0.5, torch.randn(m)]
     leaves = [leaf.to(dtype) for leaf in leaves]
@@ -351,14 +354,13 @@ def linear_relu(name: str, dtype: torch.dtype, **goals: float) -> Case:
         extras["torch in float32"] = lambda: differentiated(
             theirs, [leaf.float() for leaf in leaves], [], upstream.float()
         )
+    about = "x W^T + b" if activation is None else f"{activation}(x W^T + b)"
     # Forward reads x, W, b and writes y; backward reads all that and dy, and writes the gradients.
     moved = 3 * sum(leaf.nbytes for leaf in leaves) + 3 * n * m * leaves[0].itemsize
     return function_case(
         name,
-        f"relu(x W^T + b), x [{n}, {d}], W [{m}, {d}], {dtype}, all gradients".replace(
-            "torch.", ""
-        ),
-        functools.partial(F.linear, activation="relu"),
+        f"{about}, x [{n}, {d}], W [{m}, {d}], {dtype}, all gradients".replace("torch.", ""),
+        functools.partial(F.linear, activation=activation),
         theirs,
         jaxed,
         leaves,
@@ -366,7 +368,7 @@ def linear_relu(name: str, dtype: torch.dtype, **goals: float) -> Case:
         upstream,
         extras=extras,
         goals=goals,
-        floor=Floor(3 * 2.0 * n * d * m, dtype, [(moved, leaves[1].nbytes)]),
+        floor=Floor(3 * 2.0 * n * d * m, dtype, [(moved, max(leaf.nbytes for leaf in leaves))]),
         # bfloat16 has 8 bits; where x W^T is rounded before the bias is added, signs change.
         tolerance=1e-4 if dtype == torch.float32 else 3e-2,
     )
@@ -1055,10 +1057,13 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
     "sigmoid_16M": lambda name, quick: elementwise(name, "sigmoid", 1 << 24, 2.5),
     "multiply_16M": lambda name, quick: elementwise(name, "multiply", 1 << 24, 1.5),
     "tanh_64K": lambda name, quick: elementwise(name, "tanh", 1 << 16, 1.5),
-    "linear_relu_f32": lambda name, quick: linear_relu(name, torch.float32, torch=1.1),
-    "linear_relu_bf16": lambda name, quick: linear_relu(
-        name, torch.bfloat16, **{TORCH: 1.1, "torch in float32": 2}
+    "linear_relu_f32": lambda name, quick: linear(
+        name, 256, 3072, 512, torch.float32, "relu", torch=1.1
     ),
+    "linear_relu_bf16": lambda name, quick: linear(
+        name, 256, 3072, 512, torch.bfloat16, "relu", **{TORCH: 1.1, "torch in float32": 2}
+    ),
+    "one_output": lambda name, quick: linear(name, 1024, 768, 1, torch.float32, None),
     "tiny_autograd": lambda name, quick: steps(
         name, AUTOGRAD, TINY, 32, 1, False, torch=5, jax=2.5
     ),

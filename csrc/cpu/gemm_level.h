@@ -740,10 +740,7 @@ void multiply_blocks(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begi
 // with few outputs, or one of a network with few examples. For these, what tiles want is copied to be read once: 3072 to
 // 1 took five times as long, 64 to 1 three times.
 constexpr int kFewColumns = 4;
-template <class T>
-bool has_few_columns(const Gemm& g) {
-  return kIsWord<T> && g.n <= kFewColumns && g.a_k == 1 && g.b_k == 1 && !g.update;
-}
+inline bool has_few_columns(const Gemm& g) { return g.n <= kFewColumns && g.a_k == 1 && g.b_k == 1 && !g.update; }
 
 // Of some rows of A with `columns` of B, each a run of k: their products, as far as a vector holds these.
 template <int columns>
@@ -781,7 +778,7 @@ void multiply_dots(const Gemm& g, int64_t i, int64_t mr, float* tile) {
     for (int c = 0; c < columns; ++c) tile[r * kPanel + c] = sums[r * columns + c];
 }
 
-template <class T, int columns>
+template <int columns>
 void multiply_few(const Gemm& g, int64_t i_begin, int64_t i_end) {
   alignas(64) float tile[kTileRows * kPanel] = {};
   for (int64_t i = i_begin; i < i_end; i += kDotRows<columns>) {
@@ -789,8 +786,8 @@ void multiply_few(const Gemm& g, int64_t i_begin, int64_t i_end) {
     multiply_dots<columns>(g, i, mr, tile);
     if (g.bias && g.bias_of_row)
       for (int64_t r = 0; r < mr; ++r)
-        for (int c = 0; c < columns; ++c) tile[r * kPanel + c] += load(static_cast<const T*>(g.bias)[i + r]);
-    finish_tile<T>(g, i, 0, mr, columns, tile);
+        for (int c = 0; c < columns; ++c) tile[r * kPanel + c] += static_cast<const float*>(g.bias)[i + r];
+    finish_tile<float>(g, i, 0, mr, columns, tile);
   }
 }
 
@@ -798,9 +795,9 @@ template <class T>
 void gemm_run(const Gemm& g, int64_t i_begin, int64_t i_end, int64_t begin, int64_t end, Scratch& scratch) {
   if (i_begin >= i_end || begin >= end) return;
   if constexpr (kIsWord<T>)
-    if (has_few_columns<T>(g)) {
-      constexpr std::array<void (*)(const Gemm&, int64_t, int64_t), kFewColumns> few{
-          multiply_few<T, 1>, multiply_few<T, 2>, multiply_few<T, 3>, multiply_few<T, 4>};
+    if (has_few_columns(g)) {
+      constexpr std::array<void (*)(const Gemm&, int64_t, int64_t), kFewColumns> few{multiply_few<1>, multiply_few<2>,
+                                                                                     multiply_few<3>, multiply_few<4>};
       return few[g.n - 1](g, i_begin, i_end);
     }
   const bool in_cache = g.m * g.k + g.k * g.n + g.m * g.n < kCached;

@@ -98,13 +98,20 @@ def test_linear_in_half_types(
     )
 
 
+def rounding_of(sums: int, size: Tensor) -> Tensor:
+    """By how much float32 sums of `sums` numbers, whose absolute values add up to `size`, may be
+    off in any order.
+    """
+    return sums * 2.0**-24 / (1 - sums * 2.0**-24) * size
+
+
 def assert_rounded_once(ours: Tensor, exact: Tensor, size: Tensor, sums: int) -> None:
     """Assert that sums of `sums` exact products, whose absolute values add up to `size`, were had
     in float32, a rounding each, and rounded to bfloat16 at the end.
     """
     assert ours.shape == exact.shape
     off = (ours.double() - exact).abs()
-    in_float32 = sums * 2.0**-24 / (1 - sums * 2.0**-24) * size
+    in_float32 = rounding_of(sums, size)
     allowed = in_float32 + 2.0**-8 * (exact.abs() + in_float32)
     assert bool((off <= allowed).all()), f"{(off / allowed).max():.3g} of what is allowed"
 
@@ -144,7 +151,7 @@ def assert_within_rounding(ours: Tensor, exact: Tensor, size: Tensor, sums: int)
     """
     assert ours.shape == exact.shape
     off = (ours.double() - exact).abs()
-    allowed = sums * 2.0**-24 / (1 - sums * 2.0**-24) * size
+    allowed = rounding_of(sums, size)
     assert bool((off <= allowed).all()), f"{(off / allowed).max():.3g} of what is allowed"
 
 

@@ -345,14 +345,12 @@ def plain() -> bool:
 
 
 def idle(inputs: tuple[Any, ...]) -> bool:
-    """Whether a kernel may be called at once: nothing records, traces, transforms, watches or casts
-    what is done to the inputs."""
+    """Whether a Function's forward is all that there is to do, as nothing records, traces or
+    transforms what is done to the inputs."""
     return not (
         is_traced()
         or (_grad_enabled() and requires_grad(inputs))
         or _functorch_active()
-        or _dispatch_modes()
-        or any_autocast()
         or forward_ad._current_level >= 0
     )
 
@@ -418,7 +416,7 @@ def _stands_in(value: Any) -> bool:
 
 def _has_operations(value: Any) -> bool:
     """Whether it is a tensor of a class that knows PyTorch's operations and no others: a DTensor,
-    a jagged or a quantized one."""
+    a jagged one, a weight that torchao has quantized."""
     return isinstance(value, Tensor) and hasattr(type(value), "__tensor_flatten__")
 
 

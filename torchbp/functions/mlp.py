@@ -85,7 +85,7 @@ class MLP(Gate):
         weights, saved = split(ctx.layers, rest)
         weights_t, biases_t = split(ctx.layers, tangents)
         activation = ACTIVATIONS[ctx.activation]
-        per_layer = 2 if activation.saves_x else 1
+        per_layer = activation.per_layer
         saved_t: list[Tensor] = []
         h, h_t = x, x_t
         for i, weight in enumerate(weights):
@@ -160,7 +160,7 @@ def gradients(
     need_x, _, _, *needs = needs_input_grad
     need_weights, need_biases = split(layers, needs)
     f = ACTIVATIONS[activation]
-    per_layer = 2 if f.saves_x else 1
+    per_layer = f.per_layer
     grad_weights: list[Tensor | None] = [None] * layers
     grad_biases: list[Tensor | None] = [None] * len(need_biases)
     grad_x = None
@@ -209,7 +209,7 @@ class Eager(Function):
         # Backward is that of the layers from the first on that gets a gradient.
         first = 0 if needs[0] or needs[3] else first_needed(*split(layers, needs[3:]))
         if first:
-            below = first * (2 if ACTIVATIONS[activation].saves_x else 1)
+            below = first * ACTIVATIONS[activation].per_layer
             x, saved = saved[below - 1], saved[below:]
             weights, biases = weights[first:], biases[first:]
         # The gradients read no biases, and the first weights only for dL/dx: only a gradient of
@@ -236,19 +236,20 @@ class Eager(Function):
             of_weights, of_biases = split(layers, needs[3:])
             needs = *needs[:3], *of_weights[first:], *of_biases[first:]
         described = layers - first, activation, needs
-        if fast_backward(grad_y):
+        fast = fast_backward(grad_y)
+        if not fast and torch.is_grad_enabled():  # the hidden layers once more, on record
+            if versions != [*map(_version, unread)]:
+                raise RuntimeError(
+                    "mlp: a bias, or the first weight, was changed in place since forward, and the "
+                    "gradient of the gradient needs it as it was"
+                )
+            weights = tensors[: layers - first]
+            with past_autocast():
+                _, *saved = MLP.formula(x, layers - first, activation, *weights, *biases)
+            tensors = [*weights, *saved]
+        if fast:
             grads = fused_gradients(*described, grad_y, x, tensors)
         else:
-            if torch.is_grad_enabled():  # the hidden layers once more, on record
-                if versions != [*map(_version, unread)]:
-                    raise RuntimeError(
-                        "mlp: a bias, or the first weight, was changed in place since forward, and "
-                        "the gradient of the gradient needs it as it was"
-                    )
-                weights = tensors[: layers - first]
-                with past_autocast():
-                    _, *saved = MLP.formula(x, layers - first, activation, *weights, *biases)
-                tensors = [*weights, *saved]
             grads = gradients(*described, grad_y, [None] * len(tensors), x, tensors)
         if first:
             none = [None] * first

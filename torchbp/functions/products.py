@@ -45,7 +45,6 @@ __all__ = ["ACTIVATIONS", "Linear", "MatMul", "Maxout", "arguments", "linear_out
 
 _matmul = below(torch.matmul)
 _linear, _linear_backward = raw("linear"), raw("linear_backward")
-_kernel = torch.ops.torchbp_kernels.linear.default._op
 _max_pieces, _max_pieces_backward = raw("max_pieces"), raw("max_pieces_backward")
 
 _aten: Any = torch.ops.aten
@@ -69,6 +68,8 @@ class Activation:
         self.gradient = BACKWARD.get(name)
         self.parameter: tuple[float, ...] = self.gate._defaults if self.gate else ()
         self.saves_x = self.gate is not None and ROWS[name].saves == ("x",)
+        #: How many tensors an MLP saves of a hidden layer: h, and z where the gradient reads it.
+        self.per_layer = 2 if self.saves_x else 1
 
     def saved(self, z: Tensor, y: Tensor) -> Tensor | None:
         """Which of the two its gradient reads, None where it reads neither."""
@@ -325,7 +326,7 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     inputs = x, weight, bias, activation
     if idle(inputs):
         try:
-            return _kernel(x, weight, bias, *arguments(activation))[0]  # type: ignore[no-any-return]
+            return Linear.forward(*inputs)[0]
         except REFUSALS:
             pass  # the Function says why, or has PyTorch do it
     if plain() and activation in _EAGER and requires_grad(inputs):

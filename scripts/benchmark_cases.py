@@ -1064,6 +1064,7 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
         name, 256, 3072, 512, torch.bfloat16, "relu", **{TORCH: 1.1, "torch in float32": 2}
     ),
     "one_output": lambda name, quick: linear(name, 1024, 768, 1, torch.float32, None),
+    "few_examples": lambda name, quick: linear(name, 4, 1024, 1024, torch.float32, None),
     "tiny_autograd": lambda name, quick: steps(
         name, AUTOGRAD, TINY, 32, 1, False, torch=5, jax=2.5
     ),

@@ -5,8 +5,8 @@
 // this one reaches 91 % and costs none, which is most of the difference for small networks and a tenth for large ones.
 // With AVX2, on Zen 3, both reach 80 %. It works as BLIS does: B in panels of a few vectors, A in tiles of as many rows
 // as there are registers, K in blocks that fit the caches; and where they do not, it fetches what comes next during a tile.
-// Where C has few columns, or rows for one tile, factors are read where they lie. Every element of C is one sum over k in
-// one order: the result depends neither on threads nor on tiles.
+// Where C has few columns or rows, factors are read where they lie (gemm_few.h). Every element of C is one sum over k in
+// an order that sizes and strides decide: the result depends neither on threads nor on tiles.
 #pragma once
 
 #include "../optim.h"

@@ -6,6 +6,9 @@
 namespace torchbp {
 namespace {
 
+// Up to this many examples a weight is read row by row, a small one and any.
+constexpr int64_t kFewest = 8, kFew = 24, kSmallWeight = 1 << 16;
+
 Matrix weight_of(const Layer& layer) { return {const_cast<float*>(layer.weight), layer.in, 1}; }
 
 // Feature-major memory as [n, features].
@@ -63,15 +66,16 @@ void backward(const Network& net, Matrix x, Matrix dy, const std::vector<Gradien
     // dL/dh, through f to dL/dz of the layer below, before an update changes the weight.
     Matrix below;
     if (l > first || dx.data) {
-      Gemm g;
+      if (l > 0) below = by_example(dz.data == scratch ? other : scratch, net.n);
+      const Matrix to = l > 0 ? below : dx, weight = weight_of(layer);
+      // Few examples read the weight row by row, and gradients of features are read by the next product as they lie.
+      Gemm g = l == 0 || net.n <= (layer.in * layer.out < kSmallWeight ? kFewest : kFew)
+                   ? product(net.n, layer.in, layer.out, dz, weight, to)
+                   : product(layer.in, net.n, layer.out, weight.transposed(), dz.transposed(), to.transposed());
       if (l > 0) {
-        below = by_example(dz.data == scratch ? other : scratch, net.n);
-        g = product(layer.in, net.n, layer.out, weight_of(layer).transposed(), dz.transposed(), below.transposed());
         g.gradient = net.gradient;
         g.parameter = net.parameter;
         g.saved = net.saves_x ? net.layers[l - 1].z : net.layers[l - 1].h;
-      } else {
-        g = product(net.n, layer.in, layer.out, dz, weight_of(layer), dx);
       }
       gemm(g);
     }

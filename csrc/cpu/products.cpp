@@ -13,7 +13,7 @@
 namespace torchbp {
 namespace {
 
-// Below this many multiplications the library's GEMM is mostly overhead.
+// Below this many numbers memory is kept from call to call.
 constexpr int64_t kTiny = 1 << 20;
 // From this many examples on packing the weight is repaid, of a small one and of any.
 constexpr int64_t kFewest = 8, kEnough = 64;
@@ -92,10 +92,9 @@ bool Cpu::fits(const Tensor& rows, int64_t in, int64_t out) {
   const int64_t n = rows.size(0);
   const ScalarType dtype = rows.scalar_type();
   if (!rows.is_cpu()) return false;
-  if (widens(dtype)) return n >= kFewest && !multiplies(dtype);
+  if (widens(dtype)) return !multiplies(dtype);
   if (!has_products(dtype)) return false;
-  if (dtype == ScalarType::BFloat16) return n >= kEnough || (n >= kFewest && in * out <= kFewWeights);
-  return n >= kEnough || (n >= kFewest && n * out * in <= kTiny);
+  return dtype == ScalarType::Float || n >= kEnough || (n >= kFewest && in * out <= kFewWeights);
 }
 
 std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
@@ -110,8 +109,12 @@ std::tuple<Tensor, Tensor> Cpu::linear(const Tensor& x_, const Tensor& weight_, 
   const std::optional<Tensor> bias = dense_if_any(bias_);
   const int64_t n = x.size(0), in = weight.size(1), out = weight.size(0);
   const Tensor y = empty_matrix(n, out, x), z = f.saves_x ? empty_matrix(n, out, x) : nothing(x);
-  Gemm g = product(n, out, in, matrix_of(x), matrix_of(weight).transposed(), matrix_of(y));
+  // With few examples it is the weight's rows that are worth reading where they lie.
+  const bool by_features = n < kEnough && n <= out && weight.stride(1) == 1 && x.scalar_type() == ScalarType::Float;
+  Gemm g = by_features ? product(out, n, in, matrix_of(weight), matrix_of(x).transposed(), matrix_of(y).transposed())
+                       : product(n, out, in, matrix_of(x), matrix_of(weight).transposed(), matrix_of(y));
   g.bias = bias ? bias->const_data_ptr() : nullptr;
+  g.bias_of_row = by_features;
   g.activation = float_column(f.forward);
   g.parameter = parameter;
   g.z = f.saves_x ? z.mutable_data_ptr() : nullptr;

@@ -157,10 +157,13 @@ def assert_within_rounding(ours: Tensor, exact: Tensor, size: Tensor, sums: int)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "size", [(70, 100, 1), (67, 37, 2), (130, 304, 3), (101, 1040, 4), (64, 6, 4), (65, 3, 1)],
+    "size",
+    [(70, 100, 1), (67, 37, 2), (130, 304, 3), (101, 1040, 4), (64, 6, 4), (65, 3, 1), (9, 530, 2),
+     (1, 1040, 300), (2, 300, 530), (3, 1040, 33), (5, 530, 300), (8, 300, 1031), (13, 1040, 37),
+     (16, 515, 530), (24, 300, 700), (25, 700, 300), (63, 1040, 40), (24, 520, 20)],
     ids=str,
 )  # fmt: skip
-def test_few_outputs(size: tuple[int, int, int], layout: str) -> None:
+def test_few_outputs_or_examples(size: tuple[int, int, int], layout: str) -> None:
     n, features_in, features_out = size
     ops: Any = torch.ops.torchbp_kernels
     x, dy = laid_out(layout, n, features_in), laid_out(layout, n, features_out)
@@ -245,10 +248,10 @@ def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
-@pytest.mark.parametrize("n", [0, 1, 3, 15, 24, 32, 40, 130])
+@pytest.mark.parametrize("n", [0, 1, 3, 6, 15, 24, 32, 40, 130, 600])
+@pytest.mark.parametrize("sizes", [(37, 300, 16, 5), (20, 530, 270, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_mlp(n: int, activation: str, layout: str, bias: bool) -> None:
-    sizes = [37, 300, 16, 5]
+def test_mlp(n: int, sizes: tuple[int, ...], activation: str, layout: str, bias: bool) -> None:
     weights = [laid_out(layout, o, i) / i**0.5 for i, o in pairwise(sizes)]
     biases = [torch.randn(o) for o in sizes[1:]] if bias else []
     f: Any = {"tanh": torch.tanh, "leaky_relu": torch.nn.functional.leaky_relu}[activation]

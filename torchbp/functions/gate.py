@@ -39,7 +39,7 @@ is_traced = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 #: Whether autocast is on for any device.
 any_autocast = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
 _JVP = torch._C._functorch.TransformType.Jvp
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Exclude = torch._C._ExcludeDispatchKeyGuard
@@ -90,7 +90,7 @@ def raw(name: str) -> Callable[..., Any]:
     kernel = getattr(torch.ops.torchbp_kernels, name).default._op
 
     def run(*args: Any) -> Any:
-        if is_traced() or _functorch_active() or _dispatch_modes() or any_autocast():
+        if is_traced() or _functorch_active() or dispatch_modes() or any_autocast():
             if not is_traced() and torch.onnx.is_in_onnx_export():
                 raise RuntimeError(f"torchbp::{name}: ONNX has no such operation")
             return op(*args)

@@ -2,8 +2,8 @@
 
 The Jacobian of a product is huge and mostly zero, so that it is never formed: the gradients are
 products themselves, dL/dx = dL/dy w^T and dL/dw = x^T dL/dy. No other order of the factors has the
-right shapes. MatMul's products are PyTorch's own (MKL, oneDNN, cuBLAS); those of Linear, and of
-Maxout's forward, are torchbp's wherever its kernels take them (csrc/ops.h).
+right shapes. Products with a matrix are torchbp's wherever its kernels take them (csrc/ops.h);
+those of batches of matrices are PyTorch's own (MKL, oneDNN, cuBLAS).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .gate import (
     auxiliary,
     below,
     call,
+    dispatch_modes,
     eager,
     factors,
     fast_backward,
@@ -111,6 +112,16 @@ def arguments(activation: str) -> tuple[str, float]:
 arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b: with a matrix b, what linear does with b^T for its weight."""
+    if not is_traced():
+        fits = isinstance(a, Tensor) and isinstance(b, Tensor) and b.dim() == 2 <= a.dim()
+        if fits and not dispatch_modes():  # which are shown the one product
+            return _linear(a, b.mT, None, "none", 0.0)[0]  # type: ignore[no-any-return]
+        MatMul.check(a, b)  # before and not after: torch.matmul takes more than this gate does
+    return _matmul(a, b)  # type: ignore[no-any-return]
+
+
 class MatMul(Gate):
     """y = x w, of matrices or batches of them: x [..., N, D], w [..., D, M], y [..., N, M].
 
@@ -127,9 +138,7 @@ class MatMul(Gate):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor) -> Tensor:
-        if not is_traced():
-            MatMul.check(x, w)  # before and not after: torch.matmul takes more than this gate does
-        return _matmul(x, w)
+        return _product(x, w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -143,10 +152,13 @@ class MatMul(Gate):
         shape_x, shape_w = ctx.shapes
         grad_x = grad_w = None
         need_x, need_w = wanted(ctx, grad_y.numel())
+        product = _product if fast_backward(grad_y) else MatMul.apply
         if need_x:
-            grad_x = sum_to(MatMul.apply(grad_y, w.mT), shape_x)  # dL/dy w^T
-        if need_w:
-            grad_w = sum_to(MatMul.apply(x.mT, grad_y), shape_w)  # x^T dL/dy
+            grad_x = sum_to(product(grad_y, w.mT), shape_x)  # dL/dy w^T
+        if need_w and len(shape_w) == 2:  # a batch of matrices x is one of more rows
+            grad_w = product(matrix(x).mT, matrix(grad_y))  # x^T dL/dy
+        elif need_w:
+            grad_w = sum_to(product(x.mT, grad_y), shape_w)
         return grad_x, grad_w
 
     @staticmethod

@@ -248,12 +248,17 @@ def test_half_types_are_float32_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
-@pytest.mark.parametrize("n", [0, 1, 3, 6, 15, 24, 32, 40, 130, 600])
-@pytest.mark.parametrize("sizes", [(37, 300, 16, 5), (20, 530, 270, 3)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [*((n, 37, 300, 16, 5) for n in (0, 1, 3, 15, 32, 40, 130)),
+     *((n, 20, 530, 270, 3) for n in (1, 6, 24, 600))],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
-def test_mlp(n: int, sizes: tuple[int, ...], activation: str, layout: str, bias: bool) -> None:
-    weights = [laid_out(layout, o, i) / i**0.5 for i, o in pairwise(sizes)]
-    biases = [torch.randn(o) for o in sizes[1:]] if bias else []
+def test_mlp(sizes: tuple[int, ...], activation: str, layout: str, bias: bool) -> None:
+    n, *features = sizes
+    weights = [laid_out(layout, o, i) / i**0.5 for i, o in pairwise(features)]
+    biases = [torch.randn(o) for o in features[1:]] if bias else []
     f: Any = {"tanh": torch.tanh, "leaky_relu": torch.nn.functional.leaky_relu}[activation]
 
     def theirs(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -265,7 +270,7 @@ def test_mlp(n: int, sizes: tuple[int, ...], activation: str, layout: str, bias:
     def ours(x: Tensor, *parameters: Tensor) -> Tensor:
         return F.mlp(x, parameters[: len(weights)], parameters[len(weights) :], activation)
 
-    check(ours, theirs, laid_out(layout, n, sizes[0]), *weights, *biases)
+    check(ours, theirs, laid_out(layout, n, features[0]), *weights, *biases)
 
 
 @pytest.mark.parametrize("needs", [(0,), (1,), (2, 5), (3,), (6,), ()])
@@ -290,7 +295,16 @@ def test_mlp_gradients_that_are_wanted(needs: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "size", [(131, 701, 150), (300, 64, 333), (530, 300, 260), (1030, 2064, 3)], ids=str
+    "size",
+    [
+        (131, 701, 150),
+        (300, 64, 333),
+        (530, 300, 260),
+        (1030, 2064, 3),
+        (3, 1040, 701),
+        (23, 530, 401),
+    ],
+    ids=str,
 )
 def test_the_number_of_threads_changes_nothing(
     size: tuple[int, int, int], dtype: torch.dtype

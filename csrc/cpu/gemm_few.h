@@ -16,13 +16,13 @@ constexpr int64_t kEnoughRows = 24;
 constexpr int64_t kShortBlock = 8, kLongestBlock = 64, kPanelsOfBlock = 32;
 
 // Whether a copy of B is not repaid: the gradient of a layer's input with few examples, of its weight with few outputs.
-// What is small, or one block of K, is read faster panel by panel.
+// Of a B that is one block of K, and has short rows, tiles read panels where they lie, which is faster.
 inline bool has_few_rows(const Gemm& g) {
   if (g.b_j != 1) return false;
   return g.update ? g.m <= kTileRows && g.k > kBlock : g.m <= kEnoughRows && (g.k > kBlock || g.b_k > 2 * kBlock);
 }
 
-// From a row of such a block of A, copied by columns, to the next.
+// Numbers from a column of a block of A to the next, once copied.
 constexpr int kFactors = (kTileRows + 7) / 8 * 8;
 
 // tiles [panels][mr][kPanel] (+)= A [kc][kFactors], transposed, times the panels of B [kc][b_k].
@@ -109,7 +109,7 @@ inline void multiply_few_rows(const Gemm& g, int64_t i_begin, int64_t i_end, int
 
 // ---- few columns --------------------------------------------------------------------------------------------------
 
-// How many are few, those of one tile; and where rows of A are short, so that tiles read them where they lie.
+// How many are few; and where rows of A are short enough for tiles to read them where they lie.
 constexpr int64_t kEnoughColumns = std::min(16, kPanel), kFewestColumns = 4;
 
 // How many are multiplied at a time, with as many rows as there are registers for sums.

@@ -132,7 +132,7 @@ template <class T>
 void sum_rows(const void* dz_, int64_t row, int64_t column, int64_t n, int64_t out, void* db_) {
   const T* const dz = static_cast<const T*>(dz_);
   T* const db = static_cast<T*>(db_);
-  constexpr int64_t lane_block = 512, block = 64, chunk = 64;  // the former in lanes, 32 or 64 numbers in each
+  constexpr int64_t lane_block = 512, block = 64, chunk = 64;  // the first is added up by all lanes of a vector
   if (row == 1) {
     for (int64_t first = 0; first < out; first += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, out - first);

@@ -15,10 +15,9 @@ namespace {
 
 // Below this many numbers memory is kept from call to call.
 constexpr int64_t kTiny = 1 << 20;
-// From this many examples on packing the weight is repaid, of a small one and of any.
-constexpr int64_t kFewest = 8, kEnough = 64;
-// What is a small one in bfloat16, at any number of examples: the library's products take 20 us to begin.
-constexpr int64_t kFewWeights = 1 << 17;
+// From this many examples on a copy of any weight to where tiles want it is repaid. With fewer, float32 reads weights
+// where they lie; bfloat16 copies small ones, as the library's products take 20 us to begin.
+constexpr int64_t kEnough = 64, kFewest = 8, kFewWeights = 1 << 17;
 
 Matrix matrix_of(const Tensor& t) {
   return {t.mutable_data_ptr(), t.stride(0), t.stride(1), dtype_index(t.scalar_type())};

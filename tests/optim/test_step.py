@@ -35,12 +35,12 @@ ADAMW: dict[str, Any] = {"lr": 3e-3, "weight_decay": 1e-1}
 EACH_RULE = pytest.mark.parametrize(("rule", "options"), [("SGD", SGD), ("AdamW", ADAMW)])
 
 
-def batches(steps: int, rows: int = 32) -> list[Batch]:
+def batches(steps: int, rows: int = 32, features: int = SIZES[0]) -> list[Batch]:
     """A problem that can be learned, with a row now and then that does not count."""
-    truth = torch.randn(SIZES[-1], SIZES[0])
+    truth = torch.randn(SIZES[-1], features)
     result = []
     for _ in range(steps):
-        x = torch.randn(rows, SIZES[0])
+        x = torch.randn(rows, features)
         target = (x @ truth.T).argmax(1)
         target[torch.rand(rows) < 0.1] = -100
         result.append((x, target))
@@ -91,15 +91,16 @@ def vector(model: torch.nn.Module) -> Tensor:
 
 
 def torch_model(
-    activation: str = "relu", bias: bool = True, widths: Sequence[int] = SIZES[1:-1]
-) -> torch.nn.Sequential:
+    activation: str = "relu", bias: bool = True, widths: Sequence[int] = SIZES[1:-1],
+    features: int = SIZES[0],
+) -> torch.nn.Sequential:  # fmt: skip
     """The network in torch.nn, so that no torchbp runs in the reference."""
     kinds: dict[str, Callable[[], torch.nn.Module]] = {
         "relu": torch.nn.ReLU, "leaky_relu": torch.nn.LeakyReLU, "elu": torch.nn.ELU,
         "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh,
     }  # fmt: skip
     layers: list[torch.nn.Module] = []
-    for size_in, size_out in pairwise([SIZES[0], *widths, SIZES[-1]]):
+    for size_in, size_out in pairwise([features, *widths, SIZES[-1]]):
         layers += [torch.nn.Linear(size_in, size_out, bias), kinds[activation]()]
     return torch.nn.Sequential(*layers[:-1])
 
@@ -192,6 +193,16 @@ def test_updates_of_large_layers(rule: str, options: dict[str, Any], rows: int) 
     """Rows of a weight that are updated in several runs, and sums over more examples than a product
     takes at once."""
     assert_as_autograd(batches(5, rows), torch_model("tanh", widths=(530, 70)), rule, options)
+
+
+@pytest.mark.parametrize("features", [48, 610])
+@pytest.mark.parametrize(
+    ("rule", "options"), [("SGD", SGD), ("SGD", {"lr": 0.05}), ("AdamW", {**ADAMW, "eps": 1e-2})]
+)
+def test_updates_of_few_outputs(rule: str, options: dict[str, Any], features: int) -> None:
+    """Of a weight for whose gradient examples are read where they lie."""
+    model = torch_model("tanh", widths=(5, 7), features=features)
+    assert_as_autograd(batches(5, 300, features), model, rule, options)
 
 
 @EACH_RULE

@@ -58,6 +58,9 @@ inline Gemm product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix 
   return g;
 }
 
+// Up to so many rows of C, a large B that lies by rows is read so, and not copied: gemm_few.h.
+constexpr int64_t kFewestRows = 24;
+
 // A column of the table in float32, or null for none.
 inline ColumnFunction float_column(Kernel kernel) {
   return kernel == Kernel::count ? nullptr : level().column[static_cast<int>(kernel)][kFloat32];

@@ -8,18 +8,16 @@ namespace torchbp::TORCHBP_LEVEL {
 
 // ---- few rows -----------------------------------------------------------------------------------------------------
 
-// How many are few.
-constexpr int64_t kEnoughRows = 24;
-
 // B is read in blocks of K of this length or, where its rows are short, of a longer one, so that they have as many
-// panels: row by row, as a core fetches what follows in a row. Sums wait in L2 meanwhile.
+// panels: row by row, as a core fetches what follows in a row. Sums wait in L2 meanwhile, of which they have half as much
+// as those of tiles, for the sake of B.
 constexpr int64_t kShortBlock = 8, kLongestBlock = 64, kPanelsOfBlock = 32;
 
 // Whether a copy of B is not repaid: the gradient of a layer's input with few examples, of its weight with few outputs.
 // Of a B that is one block of K, and has short rows, tiles read panels where they lie, which is faster.
 inline bool has_few_rows(const Gemm& g) {
   if (g.b_j != 1) return false;
-  return g.update ? g.m <= kTileRows && g.k > kBlock : g.m <= kEnoughRows && (g.k > kBlock || g.b_k > 2 * kBlock);
+  return g.update ? g.m <= kTileRows && g.k > kBlock : g.m <= kFewestRows && (g.k > kBlock || g.b_k > 2 * kBlock);
 }
 
 // Numbers from a column of a block of A to the next, once copied.

@@ -6,8 +6,8 @@
 namespace torchbp {
 namespace {
 
-// Up to this many examples a weight is read row by row, a small one and any.
-constexpr int64_t kFewest = 8, kFew = 24, kSmallWeight = 1 << 16;
+// Up to this many examples it pays to read a weight with fewer numbers row by row; a larger one up to kFewestRows.
+constexpr int64_t kFewest = 8, kSmallWeight = 1 << 16;
 
 Matrix weight_of(const Layer& layer) { return {const_cast<float*>(layer.weight), layer.in, 1}; }
 
@@ -69,7 +69,7 @@ void backward(const Network& net, Matrix x, Matrix dy, const std::vector<Gradien
       if (l > 0) below = by_example(dz.data == scratch ? other : scratch, net.n);
       const Matrix to = l > 0 ? below : dx, weight = weight_of(layer);
       // Few examples read the weight row by row, and gradients of features are read by the next product as they lie.
-      Gemm g = l == 0 || net.n <= (layer.in * layer.out < kSmallWeight ? kFewest : kFew)
+      Gemm g = l == 0 || net.n <= (layer.in * layer.out < kSmallWeight ? kFewest : kFewestRows)
                    ? product(net.n, layer.in, layer.out, dz, weight, to)
                    : product(layer.in, net.n, layer.out, weight.transposed(), dz.transposed(), to.transposed());
       if (l > 0) {

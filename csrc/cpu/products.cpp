@@ -13,8 +13,8 @@
 namespace torchbp {
 namespace {
 
-// Below this many numbers memory is kept from call to call.
-constexpr int64_t kTiny = 1 << 20;
+// Up to this many numbers of memory are kept from call to call.
+constexpr int64_t kKept = 1 << 20;
 // From this many examples on a copy of any weight to where tiles want it is repaid. With fewer, float32 reads weights
 // where they lie; bfloat16 copies small ones, as the library's products take 20 us to begin.
 constexpr int64_t kEnough = 64, kFewest = 8, kFewWeights = 1 << 17;
@@ -219,10 +219,9 @@ std::vector<Tensor> Cpu::mlp_backward(const Tensor& dy_, const Tensor& x_, const
     result.push_back(need_biases[l] ? empty({net.layers[l].out}, ScalarType::Float, x) : nothing(x));
     if (need_biases[l]) gradients[l].bias = floats_of(result.back());
   }
-  // Large memory is given back, small memory kept for the next call.
   thread_local Scratch kept;
   Scratch own;
-  Scratch& scratch = scratch_size(net) > kTiny ? own : kept;
+  Scratch& scratch = scratch_size(net) > kKept ? own : kept;
   backward(net, matrix_of(x), matrix_of(dy), gradients, need_x ? matrix_of(result[0]) : Matrix{},
            scratch.at_least(static_cast<size_t>(scratch_size(net))));
   return result;

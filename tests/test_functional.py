@@ -351,10 +351,11 @@ def test_special_values_in_products(case: Case, dtype: torch.dtype, value: float
         for ours, theirs, exact in zip(
             (y, *grads), (torch_y, *torch_grads), (exact_y, *exact_grads), strict=True
         ):
-            if dtype.itemsize > 2:
-                torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=2e-2)
+            if dtype.itemsize > 2 or case.op != "mlp":
+                rtol = 2e-2 if dtype.itemsize == 2 else 1e-4
+                torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=rtol, atol=2e-2)
                 continue
-            number = theirs.isfinite()  # of two results in half types each may be rounded otherwise
+            number = theirs.isfinite()  # roundings of several layers may add up otherwise
             assert torch.equal(ours[~number].nan_to_num(), theirs[~number].nan_to_num())
             assert torch.equal(ours.isnan(), theirs.isnan())
             assert_close_in_norm(ours[number], exact[number], theirs[number])

@@ -70,4 +70,68 @@ TORCHBP_INLINE void store_n(T* to, const Compute<T>* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
 }
 
+#if defined(__x86_64__) && TORCHBP_VECTOR > 16
+
+// A vector of a half type at a time, with what AVX2 and AVX-512 have for it: of float16 in a tenth of the time that the
+// arithmetic above takes. That stays for loops over single numbers, as the compiler makes vectors of it.
+constexpr int64_t kFloats = TORCHBP_VECTOR / sizeof(float);
+typedef float Floats __attribute__((vector_size(TORCHBP_VECTOR)));
+typedef uint32_t Words32 __attribute__((vector_size(TORCHBP_VECTOR)));
+typedef uint16_t Words16 __attribute__((vector_size(TORCHBP_VECTOR / 2)));
+
+TORCHBP_INLINE Words32 nearest_bfloat16(Floats x) {
+  const Words32 w = (Words32)x, nearest_even = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+  return x == x ? nearest_even : Words32{} + 0x7FC0u;
+}
+#if TORCHBP_VECTOR == 64
+TORCHBP_INLINE Floats widened(Words16 x, BFloat16) { return (Floats)(__builtin_convertvector(x, Words32) << 16); }
+TORCHBP_INLINE Floats widened(Words16 x, Half) { return (Floats)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)x); }
+TORCHBP_INLINE Words16 narrowed(Floats x, BFloat16) { return __builtin_convertvector(nearest_bfloat16(x), Words16); }
+TORCHBP_INLINE Words16 narrowed(Floats x, Half) {
+  return (Words16)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+TORCHBP_INLINE Floats widened(Words16 x, BFloat16) {
+  return (Floats)((Words32)_mm256_cvtepu16_epi32((__m128i)x) << 16);
+}
+TORCHBP_INLINE Floats widened(Words16 x, Half) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
+TORCHBP_INLINE Words16 narrowed(Floats x, BFloat16) {
+  const __m256i w = (__m256i)nearest_bfloat16(x);
+  return (Words16)_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+TORCHBP_INLINE Words16 narrowed(Floats x, Half) {
+  return (Words16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+template <class T>
+TORCHBP_INLINE void load_halves(float* to, const T* from, int64_t n) {
+  Words16 x;
+  int64_t i = 0;
+  for (; i + kFloats <= n; i += kFloats) {
+    memcpy(&x, from + i, sizeof(x));
+    const Floats y = widened(x, T());
+    memcpy(to + i, &y, sizeof(y));
+  }
+  for (; i < n; ++i) to[i] = load(from[i]);
+}
+template <class T>
+TORCHBP_INLINE void store_halves(T* to, const float* from, int64_t n) {
+  Floats x;
+  int64_t i = 0;
+  for (; i + kFloats <= n; i += kFloats) {
+    memcpy(&x, from + i, sizeof(x));
+    const Words16 y = narrowed(x, T());
+    memcpy(to + i, &y, sizeof(y));
+  }
+  for (; i < n; ++i) store(to + i, from[i]);
+}
+
+TORCHBP_INLINE void load_n(float* to, const BFloat16* from, int64_t n) { load_halves(to, from, n); }
+TORCHBP_INLINE void load_n(float* to, const Half* from, int64_t n) { load_halves(to, from, n); }
+TORCHBP_INLINE void store_n(BFloat16* to, const float* from, int64_t n) { store_halves(to, from, n); }
+TORCHBP_INLINE void store_n(Half* to, const float* from, int64_t n) { store_halves(to, from, n); }
+
+#endif
+
 }  // namespace torchbp::TORCHBP_LEVEL

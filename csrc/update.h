@@ -12,6 +12,7 @@ namespace torchbp::TORCHBP_LEVEL {
 //   g = grad + weight_decay p        b = momentum b + (1 - dampening) g        p -= lr (nesterov ? g + momentum b : b)
 template <class C, bool decays, bool has_momentum, bool nesterov>
 struct Sgd {
+  static constexpr int states = has_momentum;
   C lr, weight_decay, sign, momentum, share;
 
   explicit Sgd(const Update& u)
@@ -46,6 +47,7 @@ struct Sgd {
 //   p -= lr (m / correction1) / (sqrt(v / correction2) + eps)
 template <class C>
 struct AdamW {
+  static constexpr int states = 2;
   C sign, keep, new1, new2, beta2, size, eps, scale;
   bool near;  // torch.lerp starts from the nearer end
 

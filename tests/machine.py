@@ -19,8 +19,8 @@ HAS_GPU = EMULATED or torch.cuda.is_available()
 #: SIMD level -> what Linux calls the instructions that it needs.
 LEVELS = {
     "baseline": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
 }
 
 

@@ -1,12 +1,12 @@
-// The CPU kernels for machines with AVX2 and FMA.
+// The CPU kernels for machines with AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #include "system.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define TORCHBP_LEVEL avx2
 #define TORCHBP_VECTOR 32

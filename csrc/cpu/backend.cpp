@@ -4,6 +4,12 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +29,9 @@ const Level& detect_level() {
   const char* env = std::getenv("TORCHBP_CPU");
   const std::string_view wanted = env ? env : "";
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a, b, c = 0, d;
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // not every compiler's supports() knows it
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // The library's products are faster on the tiles of AMX.
@@ -67,42 +75,63 @@ void fence() {
 // read.
 constexpr int64_t kStreamed = 32 << 20;
 
-// One column over one strided run of n elements. What is not a contiguous array of the compute dtype, or is to go past
-// the caches, passes through a buffer that stays in L1.
-void run_column(ColumnFunction column, Arity arity, const Loop& loop, char* const* data, int64_t n, bool streams) {
-  constexpr int64_t block = 512;
-  const DtypeIndex dtype = dtype_index(loop.dtype), compute = compute_index(dtype);
-  const int64_t size = element_size(compute);
-  const int operands = arity.outputs + arity.inputs;
-  bool direct[kMaxOperands], all_direct = true;
-  for (int k = 0; k < operands; ++k) {
-    direct[k] = dtype == compute && loop.strides[k][0] == size && !(streams && k < arity.outputs);
-    all_direct &= direct[k];
-  }
-  if (all_direct) {
-    column(reinterpret_cast<void* const*>(data), reinterpret_cast<const void* const*>(data + arity.outputs), n,
-           loop.parameter);
-    return;
-  }
-  alignas(64) char buffer[kMaxOperands][block * sizeof(double)];
-  void* pointer[kMaxOperands];
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t m = std::min(block, n - begin);
-    for (int k = 0; k < operands; ++k) {
-      const int64_t stride = loop.strides[k][0];
-      char* const here = data[k] + begin * stride;
-      pointer[k] = direct[k] ? here : buffer[k];
-      const bool input = k >= arity.outputs, already_there = stride == 0 && begin > 0;
-      if (input && !direct[k] && !already_there) level().load[dtype](buffer[k], here, stride, m);
-    }
-    column(pointer, pointer + arity.outputs, m, loop.parameter);
-    for (int k = 0; k < arity.outputs; ++k) {
-      if (direct[k]) continue;
-      const auto store = streams ? level().stream[dtype] : level().store[dtype];
-      store(data[k] + begin * loop.strides[k][0], loop.strides[k][0], buffer[k], m);
+// One column over strided runs. What is not contiguous, or is to go past the caches, passes through a buffer that stays in
+// L1.
+class Runs {
+public:
+  Runs(Kernel kernel, const Loop& loop, bool streams)
+      : loop_(loop),
+        dtype_(dtype_index(loop.dtype)),
+        size_(element_size(dtype_)),
+        outputs_(kArity[static_cast<int>(kernel)].outputs),
+        column_(level().column[static_cast<int>(kernel)][dtype_]) {
+    for (int k = 0; k < loop.operands; ++k) {
+      direct_[k] = loop.strides[k][0] == size_ && !(streams && k < outputs_);
+      all_direct_ &= direct_[k];
     }
   }
-}
+
+  // The run of n elements that begins at `data` of each operand.
+  void operator()(char* const* data, int64_t n) {
+    if (all_direct_) return run(reinterpret_cast<void* const*>(data), n);
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t m = std::min(kBlock, n - begin);
+      void* pointer[kMaxOperands];
+      for (int k = 0; k < loop_.operands; ++k) {
+        const int64_t stride = loop_.strides[k][0];
+        char* const here = data[k] + begin * stride;
+        pointer[k] = direct_[k] ? here : buffer_[k];
+        const bool already_there = stride == 0 && begin > 0;
+        if (k >= outputs_ && !direct_[k] && !already_there) level().load[dtype_](buffer_[k], here, stride, m);
+      }
+      run(pointer, m);
+      for (int k = 0; k < outputs_; ++k) {
+        const int64_t stride = loop_.strides[k][0];
+        char* const here = data[k] + begin * stride;
+        if (direct_[k]) continue;
+        if (stride == size_)
+          level().stream[dtype_](here, buffer_[k], m);
+        else
+          level().store[dtype_](here, stride, buffer_[k], m);
+      }
+    }
+  }
+
+private:
+  static constexpr int64_t kBlock = 512;
+
+  void run(void* const* operands, int64_t n) {
+    column_(operands, reinterpret_cast<const void* const*>(operands + outputs_), n, loop_.parameter);
+  }
+
+  const Loop& loop_;
+  DtypeIndex dtype_;
+  int64_t size_;
+  int outputs_;
+  ColumnFunction column_;
+  bool direct_[kMaxOperands], all_direct_ = true;
+  alignas(64) char buffer_[kMaxOperands][kBlock * sizeof(double)];
+};
 
 // Sums in blocks of fixed size, whose partial sums are added in order: the result does not depend on the threads.
 template <class F>
@@ -117,11 +146,15 @@ double blocked_sum(int64_t n, const F& sum_of_range) {
   return sum;
 }
 
-void write_compute(void* p, DtypeIndex compute, double value) {
-  if (compute == kFloat64)
+void write_number(void* p, DtypeIndex dtype, double value) {
+  if (dtype == kFloat64)
     *static_cast<double*>(p) = value;
-  else
+  else if (dtype == kFloat32)
     *static_cast<float*>(p) = static_cast<float>(value);
+  else if (dtype == kBFloat16)
+    *static_cast<torch::headeronly::BFloat16*>(p) = static_cast<float>(value);
+  else
+    *static_cast<torch::headeronly::Half*>(p) = static_cast<float>(value);
 }
 
 }  // namespace
@@ -138,12 +171,11 @@ Tensor Cpu::empty_result(Sizes sizes, const int64_t* strides, ScalarType dtype, 
 }
 
 void Cpu::elementwise(Kernel kernel, const Loop& loop) {
-  const ColumnFunction column = level().column[static_cast<int>(kernel)][compute_index(dtype_index(loop.dtype))];
-  const Arity arity = kArity[static_cast<int>(kernel)];
-  for (int k = 0; k < arity.outputs; ++k)
-    expect_large(loop.data[k], loop.numel * element_size(dtype_index(loop.dtype)));
-  const bool streams = loop.numel * element_size(dtype_index(loop.dtype)) >= kStreamed;
+  const int64_t bytes = loop.numel * element_size(dtype_index(loop.dtype));
+  for (int k = 0; k < kArity[static_cast<int>(kernel)].outputs; ++k) expect_large(loop.data[k], bytes);
+  const bool streams = bytes >= kStreamed;
   for_ranges(loop.numel, kGrain, [&](int64_t begin, int64_t end) {
+    Runs runs(kernel, loop, streams);
     // The position of `begin`, then run after run along the innermost dimension.
     int64_t position[kMaxDims];
     char* data[kMaxOperands];
@@ -156,7 +188,7 @@ void Cpu::elementwise(Kernel kernel, const Loop& loop) {
     }
     for (int64_t i = begin; i < end;) {
       const int64_t n = std::min(end - i, loop.sizes[0] - position[0]);
-      run_column(column, arity, loop, data, n, streams);
+      runs(data, n);
       i += n;
       for (int k = 0; k < loop.operands; ++k) data[k] += n * loop.strides[k][0];
       position[0] += n;
@@ -201,7 +233,7 @@ void Cpu::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* los
     STD_TORCH_CHECK(bad_row < 0, "torchbp::softmax_ce: target ", ce.target[bad_row], " in row ", bad_row,
                     " is out of range for ", ce.classes, " classes");
   }
-  write_compute(total, compute, reduction == Reduction::mean ? counted : 1.0);
+  write_number(total, compute, reduction == Reduction::mean ? counted : 1.0);
 
   SoftmaxCE rows = ce;
   rows.total = total;
@@ -212,10 +244,9 @@ void Cpu::softmax_ce_forward(const SoftmaxCE& ce, Reduction reduction, void* los
     lost[piece] = level().softmax_ce_forward[dtype](rows, begin, end);
   });
   if (reduction == Reduction::none) return;
-  double sum = 0, value;
+  double sum = 0;
   for (const double l : lost) sum += l;
-  write_compute(&value, compute, reduction == Reduction::mean ? sum / counted : sum);
-  level().store[dtype](static_cast<char*>(loss), 0, &value, 1);
+  write_number(loss, dtype, reduction == Reduction::mean ? sum / counted : sum);
 }
 
 void Cpu::softmax_ce_backward(const SoftmaxCE& ce) {

@@ -39,48 +39,70 @@ void tanh_column(C* y, const C* x, int64_t n) {
 // The loop that has to vectorise. An output may be an input's own memory (an epilogue works in place), so the promise
 // to the compiler is ivdep and not restrict.
 template <class F, class C>
-void column(void* const* outputs, const void* const* inputs, int64_t n, double parameter) {
-  const C p = static_cast<C>(parameter);
-  C* const y = static_cast<C*>(outputs[0]);
-  C* const z = static_cast<C*>(outputs[F::outputs - 1]);
-  const C* const a = static_cast<const C*>(inputs[0]);
-  const C* const b = static_cast<const C*>(inputs[F::inputs > 1 ? 1 : 0]);
-  const C* const c = static_cast<const C*>(inputs[F::inputs - 1]);
+TORCHBP_INLINE void run_column(C* y, C* z, const C* a, const C* b, const C* c, int64_t n, C parameter) {
   if constexpr (F::is_tanh && !kManyRegisters) return tanh_column(y, a, n);
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     C out[F::outputs];
     if constexpr (F::inputs == 1)
-      F::apply({a[i]}, out, p);
+      F::apply({a[i]}, out, parameter);
     else if constexpr (F::inputs == 2)
-      F::apply({a[i], b[i]}, out, p);
+      F::apply({a[i], b[i]}, out, parameter);
     else
-      F::apply({a[i], b[i], c[i]}, out, p);
+      F::apply({a[i], b[i], c[i]}, out, parameter);
     y[i] = out[0];
     if constexpr (F::outputs == 2) z[i] = out[1];
   }
 }
 
+template <class F, class T>
+void column(void* const* outputs, const void* const* inputs, int64_t n, double parameter) {
+  using C = Compute<T>;
+  const C p = static_cast<C>(parameter);
+  constexpr int second = F::inputs > 1 ? 1 : 0, third = F::inputs - 1, last = F::outputs - 1;
+  const T* x[F::inputs];
+  T* y[F::outputs];
+  for (int k = 0; k < F::inputs; ++k) x[k] = static_cast<const T*>(inputs[k]);
+  for (int k = 0; k < F::outputs; ++k) y[k] = static_cast<T*>(outputs[k]);
+  if constexpr (std::is_same_v<T, C>) {
+    run_column<F>(y[0], y[last], x[0], x[second], x[third], n, p);
+  } else {
+    // Half types: a vector at a time, which stays in registers from memory to memory; of tanh several, in L1.
+    constexpr int64_t width = TORCHBP_VECTOR / sizeof(C) * (F::is_tanh && !kManyRegisters ? 8 : 1);
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+      alignas(64) C in[F::inputs][width], out[F::outputs][width];
+      for (int k = 0; k < F::inputs; ++k) load_n(in[k], x[k] + i, width);
+      run_column<F>(out[0], out[last], in[0], in[second], in[third], width, p);
+      for (int k = 0; k < F::outputs; ++k) store_n(y[k] + i, out[k], width);
+    }
+    if (i == n) return;
+    // The last few, among zeros.
+    T few_in[F::inputs][width] = {}, few_out[F::outputs][width];
+    const void* from[F::inputs];
+    void* to[F::outputs];
+    for (int k = 0; k < F::inputs; ++k) from[k] = memcpy(few_in[k], x[k] + i, (n - i) * sizeof(T));
+    for (int k = 0; k < F::outputs; ++k) to[k] = few_out[k];
+    column<F, T>(to, from, width, parameter);
+    for (int k = 0; k < F::outputs; ++k) memcpy(y[k] + i, few_out[k], (n - i) * sizeof(T));
+  }
+}
+
 template <class T>
 void load_strided(void* to, const char* from, int64_t stride, int64_t n) {
-  auto* const y = static_cast<Compute<T>*>(to);
-  if (stride == sizeof(T)) {
-    const T* const x = reinterpret_cast<const T*>(from);
-    load_n(y, x, n);
+  T* const y = static_cast<T*>(to);
+  if (stride == 0) {
+    const T x = *reinterpret_cast<const T*>(from);
+    for (int64_t i = 0; i < n; ++i) y[i] = x;
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = load(*reinterpret_cast<const T*>(from + i * stride));
+    for (int64_t i = 0; i < n; ++i) y[i] = *reinterpret_cast<const T*>(from + i * stride);
   }
 }
 
 template <class T>
 void store_strided(char* to, int64_t stride, const void* from, int64_t n) {
-  const auto* const x = static_cast<const Compute<T>*>(from);
-  if (stride == sizeof(T)) {
-    T* const y = reinterpret_cast<T*>(to);
-    store_n(y, x, n);
-  } else {
-    for (int64_t i = 0; i < n; ++i) store(reinterpret_cast<T*>(to + i * stride), x[i]);
-  }
+  const T* const x = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; ++i) *reinterpret_cast<T*>(to + i * stride) = x[i];
 }
 
 // A whole vector, aligned, to memory past the caches.
@@ -99,21 +121,17 @@ TORCHBP_INLINE void stream_vector(void* to, const void* from) {
 #endif
 }
 
+// To a contiguous array.
 template <class T>
-void stream_strided(char* to, int64_t stride, const void* from, int64_t n) {
-  if (stride != sizeof(T)) return store_strided<T>(to, stride, from, n);
+void stream(char* to, const void* from, int64_t n) {
   constexpr int64_t lanes = TORCHBP_VECTOR / sizeof(T);
-  const auto* const x = static_cast<const Compute<T>*>(from);
+  const T* const x = static_cast<const T*>(from);
   T* const y = reinterpret_cast<T*>(to);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % TORCHBP_VECTOR / sizeof(T);
   int64_t i = std::min(n, (lanes - misaligned) % lanes);
-  store_n(y, x, i);
-  for (; i + lanes <= n; i += lanes) {
-    alignas(TORCHBP_VECTOR) T rounded[lanes];
-    store_n(rounded, x + i, lanes);
-    stream_vector(y + i, rounded);
-  }
-  store_n(y + i, x + i, n - i);
+  std::copy_n(x, i, y);
+  for (; i + lanes <= n; i += lanes) stream_vector(y + i, x + i);
+  std::copy_n(x + i, n - i, y + i);
 }
 
 // ---- softmax cross-entropy ---------------------------------------------------------------------------------------
@@ -299,9 +317,17 @@ double sum_of_squares(const void* data, int64_t n) {
 
 template <class T>
 void fill_dtype(Level& level, DtypeIndex dtype) {
+#define ENTRY(which) level.column[static_cast<int>(Kernel::which)][dtype] = column<which, T>;
+#define ROW(name, ...) ENTRY(name##_forward) ENTRY(name##_backward)
+  TORCHBP_UNARY_GATES(ROW)
+#undef ROW
+#define ROW(name, ...) ENTRY(name##_forward) ENTRY(name##_backward) ENTRY(name##_backward_a) ENTRY(name##_backward_b)
+  TORCHBP_BINARY_GATES(ROW)
+#undef ROW
+#undef ENTRY
   level.load[dtype] = load_strided<T>;
   level.store[dtype] = store_strided<T>;
-  level.stream[dtype] = stream_strided<T>;
+  level.stream[dtype] = stream<T>;
   level.softmax_ce_count[dtype] = softmax_ce_count<T>;
   level.softmax_ce_forward[dtype] = softmax_ce_forward<T>;
   level.softmax_ce_backward[dtype] = softmax_ce_backward<T>;
@@ -315,16 +341,6 @@ void fill_dtype(Level& level, DtypeIndex dtype) {
 inline Level make_level(const char* name) {
   Level level{};
   level.name = name;
-#define ENTRY(which)                                                               \
-  level.column[static_cast<int>(Kernel::which)][kFloat64] = column<which, double>; \
-  level.column[static_cast<int>(Kernel::which)][kFloat32] = column<which, float>;
-#define ROW(name, ...) ENTRY(name##_forward) ENTRY(name##_backward)
-  TORCHBP_UNARY_GATES(ROW)
-#undef ROW
-#define ROW(name, ...) ENTRY(name##_forward) ENTRY(name##_backward) ENTRY(name##_backward_a) ENTRY(name##_backward_b)
-  TORCHBP_BINARY_GATES(ROW)
-#undef ROW
-#undef ENTRY
   fill_dtype<double>(level, kFloat64);
   fill_dtype<float>(level, kFloat32);
   fill_dtype<BFloat16>(level, kBFloat16);

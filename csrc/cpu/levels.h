@@ -7,10 +7,10 @@
 
 namespace torchbp {
 
-// A column of the table over contiguous arrays of the compute dtype.
+// A column of the table over contiguous arrays.
 using ColumnFunction = void (*)(void* const* outputs, const void* const* inputs, int64_t n, double parameter);
 
-// Between a strided array of some dtype (stride in bytes) and a contiguous one of its compute dtype.
+// Between a strided array (stride in bytes) and a contiguous one.
 using LoadFunction = void (*)(void* to, const char* from, int64_t stride, int64_t n);
 using StoreFunction = void (*)(char* to, int64_t stride, const void* from, int64_t n);
 
@@ -55,10 +55,10 @@ struct GemmKernels {
 struct Level {
   const char* name;
   GemmKernels gemm[kDtypes];
-  ColumnFunction column[static_cast<int>(Kernel::count)][2];  // by compute_index
+  ColumnFunction column[static_cast<int>(Kernel::count)][kDtypes];
   LoadFunction load[kDtypes];
   StoreFunction store[kDtypes];
-  StoreFunction stream[kDtypes];  // the same, past the caches where that can be
+  void (*stream[kDtypes])(char* to, const void* from, int64_t n);  // past the caches, between contiguous arrays
   double (*softmax_ce_count[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end, int64_t& bad_row);
   double (*softmax_ce_forward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);
   void (*softmax_ce_backward[kDtypes])(const SoftmaxCE&, int64_t begin, int64_t end);

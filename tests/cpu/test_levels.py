@@ -16,6 +16,7 @@ from tests.machine import LEVELS, cpu_flags, free_memory
 
 ROOT = Path(__file__).parents[2]
 EXPONENTIALS = "test_exponentials_over_the_whole_range"
+HALF_UPDATES = "test_half_types_round_once"
 
 
 def run_python(*arguments: str, level: str) -> subprocess.CompletedProcess[str]:
@@ -37,8 +38,9 @@ def test_level(level: str) -> None:
     tests = ["tests/test_functional.py", "tests/cpu/test_math.py", "tests/cpu/test_products.py"]
     tests += ["tests/data/test_loader.py", "tests/functions/test_softmax_ce.py::" + EXPONENTIALS]
     which = "forward_and_backward or special_values or layouts_that_differ or test_math"
-    tests.append("tests/cpu/test_blocks.py")
-    which += " or threads or test_products or kernel or streamed or " + EXPONENTIALS
+    tests += ["tests/cpu/test_blocks.py", "tests/optim/test_optimizers.py::" + HALF_UPDATES]
+    which += f" or threads or test_products or kernel or streamed or {HALF_UPDATES} or "
+    which += EXPONENTIALS
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which]
     result = run_python("-m", "pytest", *options, *tests, level=level)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -35,6 +35,11 @@ GATES: dict[str, tuple[Callable[..., Tensor], Callable[[Any], Any], float]] = {
     "reciprocal": (F.reciprocal, np.reciprocal, 0.5),
 }
 EACH_GATE = pytest.mark.parametrize("gate", GATES)
+HALF_TYPES = [torch.bfloat16, torch.float16]
+EACH_HALF_TYPE = pytest.mark.parametrize("dtype", HALF_TYPES, ids=lambda d: str(d)[6:])
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, *HALF_TYPES], ids=lambda d: str(d)[6:]
+)
 
 
 def truth(gate: str, x: Tensor) -> Tensor:
@@ -50,7 +55,7 @@ def test_float32(gate: str) -> None:
     assert_within_ulps(GATES[gate][0](x), truth(gate, x), GATES[gate][2])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@EACH_HALF_TYPE
 @EACH_GATE
 def test_half_types(gate: str, dtype: torch.dtype) -> None:
     """All 65536 numbers: the float64 result rounded once, but for ties that float32 breaks."""
@@ -74,12 +79,42 @@ def test_float64(gate: str) -> None:
 
 
 @EACH_GATE
-def test_the_place_in_a_vector_does_not_matter(gate: str) -> None:
+@EACH_DTYPE
+def test_the_place_in_a_vector_does_not_matter(gate: str, dtype: torch.dtype) -> None:
     """Bit for bit the same alone, in the vectorised part of a loop and in its rest."""
-    x = torch.randn(67) * 8
+    x = (torch.randn(67) * 8).to(dtype)
     whole = GATES[gate][0](x)
     assert torch.equal(whole, torch.stack([GATES[gate][0](value) for value in x]))
     assert torch.equal(whole[3:40], GATES[gate][0](x[3:40]))
-    strided = torch.randn(67, 3)
+    strided = torch.randn(67, 3).to(dtype)
     strided[:, 1] = x
     assert torch.equal(whole, GATES[gate][0](strided[:, 1]))
+
+
+@EACH_HALF_TYPE
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_products_of_half_types(dtype: torch.dtype, offset: int) -> None:
+    """Each number times another: the product in float32, rounded once, and both gradients."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    a = numbers[offset:].clone().requires_grad_()
+    b = numbers[torch.randperm(len(numbers))][offset:].requires_grad_()
+    dy = numbers[torch.randperm(len(numbers))][offset:]
+    y = F.multiply(a, b)
+    y.backward(dy)
+    for got, (u, v) in ((y, (a, b)), (a.grad, (dy, b)), (b.grad, (dy, a))):
+        assert got is not None
+        wanted = (u.float() * v.float()).to(dtype)
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert torch.equal(got.nan_to_num(0), wanted.nan_to_num(0))
+
+
+@EACH_HALF_TYPE
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 520])
+def test_half_types_of_each_length(dtype: torch.dtype, n: int) -> None:
+    """Also where some of a vector are left, of one output and of two."""
+    a, b, dy = torch.randn(3, n).to(dtype)
+    assert torch.equal(F.relu(a), torch.relu(a))
+    assert torch.equal(F.multiply(a, b), a * b)
+    da, db = torch.ops.torchbp.multiply_backward(dy, a, b)
+    assert torch.equal(da, dy * b)
+    assert torch.equal(db, dy * a)

@@ -112,9 +112,13 @@ Tensor result(Sizes sizes, ScalarType dtype, const Tensor& like) {
 
 template <class Backend>
 Tensor result_like(const Tensor& t) {
-  if constexpr (Backend::on_cpu)
-    if (t.numel() >= kMany && t.is_contiguous())
-      return Backend::empty_result(t.sizes(), t.strides().data(), t.scalar_type(), t);
+  if constexpr (Backend::on_cpu) {
+    if (t.numel() >= kMany) {
+      // Of a layout with gaps PyTorch knows what becomes; the memory that it asks for is left untouched.
+      const Tensor like = t.is_contiguous() ? t : new_like(t);
+      return Backend::empty_result(t.sizes(), like.strides().data(), t.scalar_type(), t);
+    }
+  }
   return new_like(t);
 }
 

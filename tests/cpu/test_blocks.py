@@ -13,6 +13,7 @@ import torch
 
 import torchbp
 import torchbp.functional as F
+from tests.layouts import laid_out
 
 MIB = 1 << 20
 KEPT = MIB // 4  # float32 elements of a result that is kept
@@ -27,9 +28,11 @@ def resident() -> int:
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for memory")
 
 
-def test_what_is_gone_leaves_its_memory_to_the_next_of_its_size() -> None:
-    x = torch.randn(2, KEPT)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced", "strided", "expanded"])
+def test_what_is_gone_leaves_its_memory_to_the_next_of_its_size(layout: str) -> None:
+    x = laid_out(layout, (64, KEPT // 32), torch.randn)
     y = F.relu(x)
+    assert y.stride() == torch.relu(x).stride()
     where = y.data_ptr()
     other = F.sigmoid(x)
     assert other.data_ptr() != where

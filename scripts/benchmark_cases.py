@@ -306,7 +306,9 @@ def mean_cross_entropy(logits: Any, targets: Any) -> Any:
     return (jax.nn.logsumexp(logits, axis=1) - label).mean()
 
 
-def elementwise(name: str, gate: str, elements: int, goal: float) -> Case:
+def elementwise(
+    name: str, gate: str, elements: int, dtype: torch.dtype = torch.float32, **goals: float
+) -> Case:
     """A gate of one input, whose backward reads y and dy, or multiply, which reads a, b and dy."""
 
     def jaxed() -> Callable[..., Any]:
@@ -314,19 +316,19 @@ def elementwise(name: str, gate: str, elements: int, goal: float) -> Case:
 
         return getattr(jax.numpy if gate == "multiply" else jax.nn, gate)  # type: ignore[no-any-return]
 
-    inputs = [torch.randn(elements) for _ in range(2 if gate == "multiply" else 1)]
+    inputs = [torch.randn(elements).to(dtype) for _ in range(2 if gate == "multiply" else 1)]
     passes = 8 if gate == "multiply" else 5
     size = inputs[0].nbytes
     return function_case(
         name,
-        f"{gate} of {elements:,} float32, forward and backward",
+        f"{gate} of {elements:,} {str(dtype)[6:]}, forward and backward",
         getattr(F, gate),
         getattr(torch, gate),
         jaxed,
         inputs,
         [],
-        torch.randn(elements),
-        goals={TORCH: goal},
+        torch.randn(elements).to(dtype),
+        goals=goals,
         floor=Floor(traffic=[(passes * size, size)]),
     )
 
@@ -1053,10 +1055,12 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
     "ce_1024x50257": lambda name, quick: cross_entropy(
         name, 1024, 50257, goals={TORCH: 2, "memory": 2}, memory=True
     ),
-    "relu_16M": lambda name, quick: elementwise(name, "relu", 1 << 24, 2.5),
-    "sigmoid_16M": lambda name, quick: elementwise(name, "sigmoid", 1 << 24, 2.5),
-    "multiply_16M": lambda name, quick: elementwise(name, "multiply", 1 << 24, 1.5),
-    "tanh_64K": lambda name, quick: elementwise(name, "tanh", 1 << 16, 1.5),
+    "relu_16M": lambda name, quick: elementwise(name, "relu", 1 << 24, torch=2.5),
+    "sigmoid_16M": lambda name, quick: elementwise(name, "sigmoid", 1 << 24, torch=2.5),
+    "multiply_16M": lambda name, quick: elementwise(name, "multiply", 1 << 24, torch=1.5),
+    "tanh_64K": lambda name, quick: elementwise(name, "tanh", 1 << 16, torch=1.5),
+    "multiply_f16": lambda name, quick: elementwise(name, "multiply", 1 << 22, torch.float16),
+    "multiply_bf16": lambda name, quick: elementwise(name, "multiply", 1 << 22, torch.bfloat16),
     "linear_relu_f32": lambda name, quick: linear(
         name, 256, 3072, 512, torch.float32, "relu", torch=1.1
     ),

@@ -7,6 +7,10 @@
 // what is freed is kept here, as PyTorch's own allocator keeps it on a GPU.
 #include "blocks.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -106,6 +110,11 @@ Tensor empty_in_block(Sizes sizes, const int64_t* strides, ScalarType dtype, con
                                   [](void* data) { idle().give(static_cast<char*>(data)); });
 }
 
-void empty_cache() { idle().keep_at_most(0, 0); }
+void empty_cache() {
+  idle().keep_at_most(0, 0);
+#if defined(__GLIBC__)
+  malloc_trim(0);  // free() gives back to the system only what it has mapped, or what ends the heap
+#endif
+}
 
 }  // namespace torchbp

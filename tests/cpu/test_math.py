@@ -5,6 +5,7 @@ The truth is NumPy's float64, which is good to a fraction of an ulp of float32.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -118,3 +119,10 @@ def test_half_types_of_each_length(dtype: torch.dtype, n: int) -> None:
     da, db = torch.ops.torchbp.multiply_backward(dy, a, b)
     assert torch.equal(da, dy * b)
     assert torch.equal(db, dy * a)
+
+
+@EACH_HALF_TYPE
+def test_nan_of_every_bit_stays_nan(dtype: torch.dtype) -> None:
+    """Rounded like a number, it would be -0."""
+    (nan,) = struct.unpack("d", b"\xff" * 7 + b"\x7f")
+    assert F.scale(torch.ones(37, dtype=dtype), nan).isnan().all()

@@ -58,19 +58,8 @@ TORCHBP_INLINE void store(Half* p, float x) {
 template <class T>
 using Compute = decltype(load(T()));
 
-// Many at once. The two may be the same memory, but not overlap otherwise.
-template <class T>
-TORCHBP_INLINE void load_n(Compute<T>* to, const T* from, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
-}
-template <class T>
-TORCHBP_INLINE void store_n(T* to, const Compute<T>* from, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
-}
-
 #if defined(__x86_64__) && TORCHBP_VECTOR > 16
+#define TORCHBP_VECTORS_OF_HALVES
 
 // A vector of a half type at a time, with what AVX2 and AVX-512 have for it: of float16 in a tenth of the time that the
 // arithmetic above takes. That stays for loops over single numbers, as the compiler makes vectors of it.
@@ -104,34 +93,39 @@ TORCHBP_INLINE Words16 narrowed(Floats x, Half) {
 }
 #endif
 
+#endif
+
+// Many at once. The two may be the same memory, but not overlap otherwise.
 template <class T>
-TORCHBP_INLINE void load_halves(float* to, const T* from, int64_t n) {
-  Words16 x;
+TORCHBP_INLINE void load_n(Compute<T>* to, const T* from, int64_t n) {
   int64_t i = 0;
-  for (; i + kFloats <= n; i += kFloats) {
-    memcpy(&x, from + i, sizeof(x));
-    const Floats y = widened(x, T());
-    memcpy(to + i, &y, sizeof(y));
-  }
+#if defined(TORCHBP_VECTORS_OF_HALVES)
+  if constexpr (!std::is_same_v<T, Compute<T>>)
+    for (; i + kFloats <= n; i += kFloats) {
+      Words16 x;
+      memcpy(&x, from + i, sizeof(x));
+      const Floats y = widened(x, T());
+      memcpy(to + i, &y, sizeof(y));
+    }
+#endif
+#pragma GCC ivdep
   for (; i < n; ++i) to[i] = load(from[i]);
 }
 template <class T>
-TORCHBP_INLINE void store_halves(T* to, const float* from, int64_t n) {
-  Floats x;
+TORCHBP_INLINE void store_n(T* to, const Compute<T>* from, int64_t n) {
   int64_t i = 0;
-  for (; i + kFloats <= n; i += kFloats) {
-    memcpy(&x, from + i, sizeof(x));
-    const Words16 y = narrowed(x, T());
-    memcpy(to + i, &y, sizeof(y));
-  }
+#if defined(TORCHBP_VECTORS_OF_HALVES)
+  if constexpr (!std::is_same_v<T, Compute<T>>)
+    for (; i + kFloats <= n; i += kFloats) {
+      Floats x;
+      memcpy(&x, from + i, sizeof(x));
+      const Words16 y = narrowed(x, T());
+      memcpy(to + i, &y, sizeof(y));
+    }
+#endif
+#pragma GCC ivdep
   for (; i < n; ++i) store(to + i, from[i]);
 }
-
-TORCHBP_INLINE void load_n(float* to, const BFloat16* from, int64_t n) { load_halves(to, from, n); }
-TORCHBP_INLINE void load_n(float* to, const Half* from, int64_t n) { load_halves(to, from, n); }
-TORCHBP_INLINE void store_n(BFloat16* to, const float* from, int64_t n) { store_halves(to, from, n); }
-TORCHBP_INLINE void store_n(Half* to, const float* from, int64_t n) { store_halves(to, from, n); }
-
-#endif
+#undef TORCHBP_VECTORS_OF_HALVES
 
 }  // namespace torchbp::TORCHBP_LEVEL

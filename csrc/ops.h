@@ -114,9 +114,10 @@ template <class Backend>
 Tensor result_like(const Tensor& t) {
   if constexpr (Backend::on_cpu) {
     if (t.numel() >= kMany) {
-      // Of a layout with gaps PyTorch knows what becomes; the memory that it asks for is left untouched.
-      const Tensor like = t.is_contiguous() ? t : new_like(t);
-      return Backend::empty_result(t.sizes(), like.strides().data(), t.scalar_type(), t);
+      // Of a layout with gaps PyTorch knows what becomes; the memory that it asks for is left untouched, and gone again.
+      std::vector<int64_t> strides(t.dim());
+      std::ranges::copy((t.is_contiguous() ? t : new_like(t)).strides(), strides.begin());
+      return Backend::empty_result(t.sizes(), strides.data(), t.scalar_type(), t);
     }
   }
   return new_like(t);

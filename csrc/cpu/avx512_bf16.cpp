@@ -15,9 +15,8 @@
 
 namespace torchbp::TORCHBP_LEVEL {
 
-// Half a vector of bfloat16.
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint16_t UnalignedHalves __attribute__((vector_size(32), aligned(1), may_alias));
+// Half a vector of bfloat16, anywhere.
+typedef Words16 UnalignedHalves __attribute__((aligned(1), may_alias));
 
 template <>
 struct Words<BFloat16> {
@@ -30,13 +29,13 @@ struct Words<BFloat16> {
     return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
   }
   static TORCHBP_INLINE Vector of_columns(const BFloat16* from, int64_t k_stride, bool whole) {
-    return interleaved(load(from), whole ? load(from + k_stride) : Halves{}, std::make_index_sequence<2 * kLanes>());
+    return interleaved(load(from), whole ? load(from + k_stride) : Words16{}, std::make_index_sequence<2 * kLanes>());
   }
 
 private:
-  static TORCHBP_INLINE Halves load(const BFloat16* p) { return *reinterpret_cast<const UnalignedHalves*>(p); }
+  static TORCHBP_INLINE Words16 load(const BFloat16* p) { return *reinterpret_cast<const UnalignedHalves*>(p); }
   template <size_t... i>
-  static TORCHBP_INLINE Vector interleaved(Halves a, Halves b, std::index_sequence<i...>) {
+  static TORCHBP_INLINE Vector interleaved(Words16 a, Words16 b, std::index_sequence<i...>) {
     return (Vector)__builtin_shufflevector(a, b, (i % 2 * kLanes + i / 2)...);
   }
 };
